@@ -1,0 +1,39 @@
+# make run | test | lab | bench: each makes the environment in .venv first if it is missing or
+# requirements.txt has changed. PYTHON, CONFIG, DATA_ROOT and ARGS can be set on the command line.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+CONFIG ?= digits
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+RUN_OPTIONS := --config $(CONFIG) $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)")
+
+.PHONY: run test lab bench environment clean
+
+run: $(STAMP)
+	$(BIN)/python run_all.py $(RUN_OPTIONS) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest $(ARGS)
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_start_here.ipynb $(ARGS)
+
+bench: $(STAMP)
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script $(ARGS) || exit 1; done
+
+environment: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	  { echo "Found $$($(or $(PYTHON),python3) --version 2>&1), expected Python 3.11, 3.12 or 3.13: install one and run make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf runs

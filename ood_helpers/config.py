@@ -1,0 +1,431 @@
+"""An experiment as data: the pydantic models of configs/*.yaml.
+
+A config names the in-distribution (ID) sets, the out-of-distribution (OOD) sets, the transform, the
+backbone and the detectors. Unknown keys are errors that name the key and the nearest valid one.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from ood_helpers.errors import InputError, nearest
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+CONFIG_DIRECTORY = PROJECT_ROOT / "configs"
+
+
+class Model(BaseModel):
+    """A frozen pydantic model that refuses unknown keys, naming the nearest valid one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise ValueError(f"unknown key {key!r}; {nearest(str(key), cls.model_fields)}")
+        return data
+
+
+class Subset(Model):
+    """Which images of a set are used: the first n, the first n of each class in file order, or n drawn by seed."""
+
+    first: PositiveInt | None = None
+    per_class: PositiveInt | None = None
+    random: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "Subset":
+        if sum(rule is not None for rule in (self.first, self.per_class, self.random)) != 1:
+            raise ValueError("a subset takes exactly one of first, per_class and random")
+        if self.random is None and "seed" in self.model_fields_set:
+            raise ValueError("seed has no effect without random; remove it")
+        return self
+
+
+class Images(Model):
+    """What every source of images has in common."""
+
+    subset: Subset | None = None
+
+
+class EmbeddedImages(Images):
+    """The sets that come with the kit: scikit-learn's digits and the OOD sets made for them."""
+
+    source: Literal["embedded"]
+    set: Literal["digits", "letters", "chimeras", "photographs", "textures", "noise"]
+    split: Literal["train", "validation", "test"] | None = Field(None, description="digits only")
+    count: PositiveInt = Field(1000, description="number of images; not for digits")
+    seed: NonNegativeInt = Field(0, description="seed of the generator; not for digits")
+
+    @model_validator(mode="after")
+    def _options_with_an_effect(self) -> "EmbeddedImages":
+        if self.set == "digits":
+            if self.split is None:
+                raise ValueError("the digits need a split: train, validation or test")
+            for name in ("count", "seed"):
+                if name in self.model_fields_set:
+                    raise ValueError(f"{name} has no effect on the digits, whose splits are fixed; remove it")
+        elif self.split is not None:
+            raise ValueError(f"split has no effect on {self.set}; remove it")
+        return self
+
+
+class TorchvisionImages(Images):
+    """A torchvision data set below `root`, downloaded there (unless `download` is false) when missing."""
+
+    source: Literal["torchvision"]
+    dataset: Literal["CIFAR10", "CIFAR100", "SVHN", "DTD", "Places365"]
+    split: str = Field(description="as torchvision names it: train, test, val, extra, train-standard, ...")
+    root: str = "${data_root}"
+    download: bool = True
+
+
+class FolderImages(Images):
+    """A folder of class folders (labels in sorted order of their names) or of images (no labels)."""
+
+    source: Literal["folder"]
+    path: str
+
+
+class ListImages(Images):
+    """A text file with an image path (below `root`) and, with `labelled`, a class number a line."""
+
+    source: Literal["list"]
+    path: str
+    root: str
+    labelled: bool = True
+
+
+class NpzImages(Images):
+    """A numpy .npz file: `images` uint8 [N, H, W, 3], optional `labels` [N] and `class_names`."""
+
+    source: Literal["npz"]
+    path: str
+
+
+class ArchiveImages(Images):
+    """A .tar, .tar.gz, .tgz or .zip to download, verify and unpack; then read like a folder.
+
+    The archive is kept in `directory`, its content goes to `directory`/<archive stem>, and `folder` is
+    the place of the images inside.
+    """
+
+    source: Literal["archive"]
+    url: str
+    directory: str = "${data_root}"
+    folder: str = "."
+    size: PositiveInt | None = Field(None, description="bytes")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    md5: str | None = Field(None, pattern="^[0-9a-f]{32}$")
+
+
+ImageSource = Annotated[
+    EmbeddedImages | TorchvisionImages | FolderImages | ListImages | NpzImages | ArchiveImages,
+    Field(discriminator="source"),
+]
+
+
+class InDistribution(Model):
+    """The in-distribution data: images to fit on, optional images to tune on, images to evaluate on."""
+
+    name: str
+    num_classes: PositiveInt
+    class_names: tuple[str, ...] | None = None
+    train: ImageSource
+    validation: ImageSource | None = None
+    test: ImageSource
+
+    @model_validator(mode="after")
+    def _names_for_all(self) -> "InDistribution":
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class_names for num_classes={self.num_classes}")
+        return self
+
+
+class OutOfDistribution(Model):
+    """One OOD set and its distance from the ID data."""
+
+    name: str
+    group: Literal["near", "far"]
+    images: ImageSource
+
+
+class TransformConfig(Model):
+    """How an image becomes network input: resize, centre crop, scale to [0, 1], normalise per channel."""
+
+    resize: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="an integer for the shorter side, or [height, width], which squashes"
+    )
+    crop: PositiveInt | None = Field(None, description="side of the centre crop")
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, float, float]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+
+class TrainingConfig(Model):
+    """Training a classifier from scratch: SGD with Nesterov momentum, cross-entropy."""
+
+    epochs: PositiveInt
+    batch_size: PositiveInt = 128
+    learning_rate: PositiveFloat = 0.1
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: NonNegativeFloat = 5e-4
+    schedule: Literal["one_cycle", "cosine"] = "cosine"
+    crop_padding: NonNegativeInt = Field(0, description="pixels of zero padding before a random crop; 0 = none")
+    flip: bool = Field(False, description="random horizontal flip")
+
+
+class Backbone(Model):
+    """What every backbone has in common: where its weights come from and the accuracy they must reach."""
+
+    checkpoint: str | None = None
+    training: TrainingConfig | None = None
+    expected_accuracy: float | None = Field(None, ge=0, le=100, description="percent on the ID test set")
+    tolerance: NonNegativeFloat = Field(0.5, description="percentage points")
+
+    @model_validator(mode="after")
+    def _one_origin_of_weights(self) -> "Backbone":
+        origins = [name for name in ("checkpoint", "training", "weights") if getattr(self, name, None) is not None]
+        if len(origins) != 1:
+            found = " and ".join(origins) or "none"
+            raise ValueError(f"a backbone takes its weights from one of checkpoint, training or weights; found {found}")
+        return self
+
+
+class DenseNetBackbone(Backbone):
+    """DenseNet-BC for 32 x 32 (or smaller) images; depth 100, growth rate 12 is the papers' DenseNet-101."""
+
+    architecture: Literal["densenet_bc"]
+    depth: PositiveInt = 100
+    growth_rate: PositiveInt = 12
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _depth_of_three_blocks(self) -> "DenseNetBackbone":
+        if (self.depth - 4) % 6:
+            raise ValueError(f"depth {self.depth} of densenet_bc is not 6 n + 4 (three blocks of n two-layer units)")
+        return self
+
+
+class WideResNetBackbone(Backbone):
+    """WideResNet for 32 x 32 images: 40-2, 40-4, ..."""
+
+    architecture: Literal["wide_resnet"]
+    depth: PositiveInt = 40
+    widen_factor: PositiveInt = 2
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _depth_of_three_groups(self) -> "WideResNetBackbone":
+        if (self.depth - 4) % 6:
+            raise ValueError(f"depth {self.depth} of wide_resnet is not 6 n + 4 (three groups of n two-layer units)")
+        return self
+
+
+class CifarResNet18Backbone(Backbone):
+    """ResNet-18 with a 3 x 3 stem for 32 x 32 images."""
+
+    architecture: Literal["resnet18_cifar"]
+
+
+class TorchvisionBackbone(Backbone):
+    """A torchvision network; `weights` names one of its weight enums, for example IMAGENET1K_V1."""
+
+    architecture: Literal["resnet50", "mobilenet_v2"]
+    weights: str | None = None
+
+
+BackboneConfig = Annotated[
+    DenseNetBackbone | WideResNetBackbone | CifarResNet18Backbone | TorchvisionBackbone,
+    Field(discriminator="architecture"),
+]
+
+
+class FeaturesConfig(Model):
+    """The forward pass that fills the feature banks."""
+
+    batch_size: PositiveInt = 128
+    shard_batches: PositiveInt = Field(16, description="batches a shard file; an interrupted pass goes on at a shard")
+    workers: NonNegativeInt = Field(0, description="processes that decode image files; arrays need none")
+    taps: tuple[str, ...] = Field((), description="modules whose pooled outputs are kept beside the features")
+
+
+class MetricsConfig(Model):
+    """Confidence intervals."""
+
+    bootstrap_resamples: PositiveInt = 1000
+    confidence: float = Field(0.95, gt=0, lt=1)
+
+
+class PublishedConfig(Model):
+    """Which rows of published.csv stand beside the measured ones, and why they may differ."""
+
+    id_set: str
+    architecture: str
+    ood_sets: dict[str, str] = Field(description="name here -> name in published.csv")
+    note: str = Field(description="what makes the two comparable or not")
+
+
+class ExperimentConfig(Model):
+    """One experiment: one file in configs/."""
+
+    name: str = Field(pattern="^[A-Za-z0-9_-]+$")
+    description: str
+    id: InDistribution
+    ood: tuple[OutOfDistribution, ...] = Field(min_length=1)
+    transform: TransformConfig
+    backbone: BackboneConfig
+    features: FeaturesConfig = FeaturesConfig()
+    detectors: dict[str, dict[str, Any]] = Field(description="row name -> hyper-parameters; see ood_helpers.detectors")
+    metrics: MetricsConfig = MetricsConfig()
+    published: PublishedConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_detector_means_defaults(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("detectors"), Mapping):
+            return {**data, "detectors": {key: value or {} for key, value in data["detectors"].items()}}
+        return data
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> "ExperimentConfig":
+        names = [ood.name for ood in self.ood]
+        for name in names:
+            if names.count(name) > 1 or name in ("train", "validation", "test"):
+                raise ValueError(f"the OOD set name {name!r} is taken; give every set its own name")
+        if self.published is not None:
+            for name in self.published.ood_sets:
+                if name not in names:
+                    raise ValueError(f"published.ood_sets names {name!r}, which is no OOD set; {nearest(name, names)}")
+        return self
+
+
+def config_names() -> list[str]:
+    """Names of the experiments in configs/."""
+    return sorted(path.stem for path in CONFIG_DIRECTORY.glob("*.yaml"))
+
+
+def resolve_path(path: str | Path) -> Path:
+    """An absolute path: as given, below the working directory if it exists there, else below the project.
+
+    Notebooks run from notebooks/ in JupyterLab and from the project in papermill; `../shared` means the
+    folder beside the project in both.
+    """
+    path = Path(path).expanduser()
+    if not path.is_absolute():
+        path = path if path.exists() else PROJECT_ROOT / path
+    return path.resolve()
+
+
+def load_config(
+    experiment: str | Path, data_root: str | Path | None = None, overrides: Iterable[str] = ()
+) -> ExperimentConfig:
+    """Read and validate an experiment.
+
+    Parameters
+    ----------
+    experiment : name of a file in configs/ (without .yaml), or a path to a YAML file
+    data_root : folder that replaces `${data_root}`; None = data/ in the project
+    overrides : settings such as "himplos.percentile=50", "backbone.training.epochs=3" or
+        "ood.SVHN.images.subset.first=256"; the value is YAML
+
+    Raises
+    ------
+    InputError : unknown experiment, unreadable YAML, unknown key, invalid value
+    """
+    path = Path(experiment).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        path = CONFIG_DIRECTORY / f"{experiment}.yaml"
+        if not path.exists():
+            raise InputError(f"No experiment {str(experiment)!r} in configs/; {nearest(str(experiment), config_names())}")
+    else:
+        path = resolve_path(path)
+        if not path.exists():
+            raise InputError(f"No config file {path}; give a path to a YAML file or a name: {', '.join(config_names())}.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds {type(data).__name__}, expected a mapping of experiment settings.")
+    for override in overrides:
+        _apply_override(data, override)
+    root = resolve_path(data_root or "data")
+    try:
+        return ExperimentConfig.model_validate(_substitute(data, str(root)))
+    except ValidationError as error:
+        raise InputError(f"{path.name}: {_describe(error)}") from None
+
+
+def _substitute(value: Any, data_root: str) -> Any:
+    """Replace `${data_root}` in every string; the fields' own defaults contain it too."""
+    if isinstance(value, dict):
+        defaults = {"torchvision": "root", "archive": "directory"}
+        folder = defaults.get(value.get("source"))
+        filled = {folder: "${data_root}", **value} if folder else value
+        return {key: _substitute(item, data_root) for key, item in filled.items()}
+    if isinstance(value, list):
+        return [_substitute(item, data_root) for item in value]
+    return value.replace("${data_root}", data_root) if isinstance(value, str) else value
+
+
+def _apply_override(data: dict, override: str) -> None:
+    """Set one value of the raw config: KEY.KEY=VALUE; lists are entered by the `name` of their item."""
+    match = re.fullmatch(r"\s*([^=\s]+)\s*=(.*)", override, flags=re.DOTALL)
+    if not match:
+        raise InputError(f"The setting {override!r} is not of the form KEY=VALUE, for example himplos.percentile=50.")
+    keys, value = match[1].split("."), yaml.safe_load(match[2])
+    detectors = data.get("detectors", {})
+    if keys[0] not in ExperimentConfig.model_fields:
+        if keys[0] not in detectors:
+            raise InputError(
+                f"The setting {override!r} starts with {keys[0]!r}, neither a setting nor a detector of this experiment; "
+                + nearest(keys[0], [*ExperimentConfig.model_fields, *detectors])
+            )
+        keys.insert(0, "detectors")
+    place: Any = data
+    for depth, key in enumerate(keys[:-1]):
+        if isinstance(place, list):
+            named = {item.get("name"): item for item in place if isinstance(item, dict)}
+            if key not in named:
+                raise InputError(f"The setting {override!r} names {key!r}; {nearest(key, map(str, named))}")
+            place = named[key]
+        else:
+            if place.get(key) is None:
+                place[key] = {}
+            place = place[key]
+        if not isinstance(place, dict | list):
+            raise InputError(f"The setting {override!r} goes below {'.'.join(keys[: depth + 1])}, which is a plain value.")
+    if isinstance(place, list):
+        raise InputError(f"The setting {override!r} ends in a list; name one of its items and a key of it.")
+    place[keys[-1]] = value
+
+
+def _describe(error: ValidationError) -> str:
+    """All problems of a config as one sentence."""
+    problems = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if "input" in problem and not isinstance(problem["input"], dict | list) and problem["type"] != "value_error":
+            message = f"found {problem['input']!r}, expected: {message}"
+        problems.append(f"{place}: {message}" if place else message)
+    return "; ".join(problems)
