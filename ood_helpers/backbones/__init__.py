@@ -1,0 +1,48 @@
+"""Image classifiers that show their penultimate layer, and the reading of their published weights."""
+
+from ood_helpers.backbones.base import Classifier
+from ood_helpers.backbones.checkpoints import load_checkpoint, weights_fingerprint
+from ood_helpers.backbones.densenet import DenseNet
+from ood_helpers.backbones.imagenet import MobileNetV2, ResNet50, load_torchvision_weights
+from ood_helpers.backbones.resnet_cifar import CifarResNet18
+from ood_helpers.backbones.wide_resnet import WideResNet
+from ood_helpers.config import BackboneConfig
+
+__all__ = [
+    "CifarResNet18",
+    "Classifier",
+    "DenseNet",
+    "MobileNetV2",
+    "ResNet50",
+    "WideResNet",
+    "build",
+    "load_checkpoint",
+    "weights_fingerprint",
+]
+
+
+def build(config: BackboneConfig, num_classes: int) -> Classifier:
+    """The network of a config, with torchvision's weights if it names them, otherwise freshly initialised.
+
+    A checkpoint is not loaded here; see `load_checkpoint`. The fresh weights depend on torch's random
+    state: call torch.manual_seed first.
+
+    Raises
+    ------
+    InputError : unknown weights, or weights with another number of classes
+    MissingDataError : weights that could not be downloaded
+    """
+    match config.architecture:
+        case "densenet_bc":
+            network = DenseNet(num_classes, config.depth, config.growth_rate, config.dropout)
+        case "wide_resnet":
+            network = WideResNet(num_classes, config.depth, config.widen_factor, config.dropout)
+        case "resnet18_cifar":
+            network = CifarResNet18(num_classes)
+        case "resnet50":
+            network = ResNet50(num_classes)
+        case "mobilenet_v2":
+            network = MobileNetV2(num_classes)
+    if getattr(config, "weights", None) is not None:
+        load_torchvision_weights(network, config.architecture, config.weights)
+    return network

@@ -1,0 +1,90 @@
+"""Post-hoc OOD detectors: one file a method, and the registry that configs and notebooks create them from.
+
+To add a method, write a dataclass that derives from `Detector` and register it: `DETECTORS["mine"] = Mine`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from ood_helpers.detectors.base import Detector
+from ood_helpers.detectors.dice import DICE
+from ood_helpers.detectors.energy import Energy, energy_score
+from ood_helpers.detectors.himplos import HIMPLoS
+from ood_helpers.detectors.line import LINe
+from ood_helpers.detectors.max_logit import MaxLogit
+from ood_helpers.detectors.msp import MSP
+from ood_helpers.detectors.react import ReAct
+from ood_helpers.errors import InputError, nearest
+
+__all__ = [
+    "DETECTORS",
+    "DICE",
+    "MSP",
+    "Detector",
+    "Energy",
+    "HIMPLoS",
+    "LINe",
+    "MaxLogit",
+    "ReAct",
+    "create",
+    "create_all",
+    "energy_score",
+]
+
+DETECTORS: dict[str, type[Detector]] = {
+    "msp": MSP,
+    "max_logit": MaxLogit,
+    "energy": Energy,
+    "react": ReAct,
+    "dice": DICE,
+    "himplos": HIMPLoS,
+    "line": LINe,
+}
+
+
+def create(name: str, **hyperparameters: Any) -> Detector:
+    """A detector by its name in `DETECTORS`, not yet fitted.
+
+    Raises
+    ------
+    InputError : unknown name, unknown hyper-parameter, value out of range
+    """
+    if name not in DETECTORS:
+        raise InputError(f"There is no detector {name!r}; {nearest(str(name), DETECTORS)}")
+    known = [field.name for field in fields(DETECTORS[name])]
+    for key in hyperparameters:
+        if key not in known:
+            hint = nearest(str(key), known) if known else "it has none."
+            raise InputError(f"The detector {name!r} has no hyper-parameter {key!r}; {hint}")
+    return DETECTORS[name](**hyperparameters)
+
+
+def create_all(detectors: Mapping[str, Mapping[str, Any]]) -> dict[str, Detector]:
+    """The detectors of an experiment: row name -> hyper-parameters, in order.
+
+    Two keys are no hyper-parameters: `detector`, the name in `DETECTORS` where it is not the row name, and
+    `label`, the name shown in tables and figures (default: the method's title). For example
+    `{"him_only": {"detector": "himplos", "smoothing": False, "label": "HIM only"}}`.
+
+    Raises
+    ------
+    InputError : as `create`, or two rows with the same label
+    """
+    created: dict[str, Detector] = {}
+    for row, settings in detectors.items():
+        settings = dict(settings)
+        name, label = settings.pop("detector", row), settings.pop("label", None)
+        try:
+            detector = create(name, **settings)
+        except InputError as error:
+            raise InputError(f"detectors.{row}: {error}") from None
+        detector.label = detector.title if label is None else str(label)
+        for other, earlier in created.items():
+            if earlier.label == detector.label:
+                raise InputError(
+                    f"The detectors {other!r} and {row!r} have the same label {detector.label!r}, expected distinct ones; "
+                    f"give one of them its own, for example label: {row}."
+                )
+        created[row] = detector
+    return created

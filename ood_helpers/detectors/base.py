@@ -1,0 +1,181 @@
+"""What every detector shares: hyper-parameters as dataclass fields, fit, score_samples, threshold, predict."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ood_helpers import features as banks
+from ood_helpers.errors import InputError
+from ood_helpers.features import Bank, FeatureBank, Head
+from ood_helpers.metrics import threshold_at_tpr
+
+
+@dataclass
+class Detector:
+    """Base of the post-hoc detectors: scores feature banks, HIGHER = MORE IN-DISTRIBUTION.
+
+    A subclass is a dataclass whose fields are its hyper-parameters. It sets `title` (the method's name in
+    tables) and `source` (citation), gives `_score(shard) -> [N]`, and where needed `_fit(train_bank)` for what
+    it learns (attributes with a trailing underscore) and `_check()` for the ranges of its fields.
+
+    Nothing that depends on a hyper-parameter outlives a change of it: set a field after `fit` and the next
+    score uses it. Scores are computed in the dtype and on the device of the bank that is scored.
+    """
+
+    title: ClassVar[str] = "Detector"
+    source: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        self.label = self.title
+        self._check()
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The fields and their present values, ready for JSON."""
+        return asdict(self)
+
+    def fit(self, train_bank: Bank, head: Head) -> Self:
+        """Learn from the features of the ID training images and the classifier's head.
+
+        Parameters
+        ----------
+        train_bank : features [N, D], logits [N, C], and labels [N] for methods with class means
+        head : weight [C, D], bias [C]
+
+        Raises
+        ------
+        InputError : sizes of bank and head differ; labels are missing; a class without images; NaN or infinite
+            features
+        """
+        if not len(train_bank):
+            raise InputError(
+                f"{self.title}: the training bank has no samples, expected ID training images; check the set."
+            )
+        for shard in train_bank.shards():
+            self._check_sizes(shard, head)
+        self.head_ = head
+        self._cache: dict[Hashable, Any] = {}
+        self._fit(train_bank)
+        return self
+
+    def score_samples(self, bank: Bank) -> Tensor:
+        """Scores [N] of a bank's samples, in order; higher = more in-distribution.
+
+        Raises
+        ------
+        InputError : not fitted; a hyper-parameter out of range; sizes differ from the head's; NaN or infinite
+            features, logits or scores
+        """
+        return self._over_shards(bank, self._score, "scores")
+
+    def threshold(self, id_scores: Tensor, tpr: float = 0.95) -> float:
+        """The largest threshold that accepts at least the fraction `tpr` of the ID scores; see metrics."""
+        return threshold_at_tpr(id_scores, tpr)
+
+    def predict(self, bank: Bank, threshold: float) -> Tensor:
+        """+1 (in-distribution, score >= threshold) or -1 (out-of-distribution) for each sample, int64 [N]."""
+        return torch.where(self.score_samples(bank) >= threshold, 1, -1)
+
+    def _fit(self, train_bank: Bank) -> None:
+        """Learn what the method needs from the training bank; `head_` is set."""
+
+    def _score(self, shard: FeatureBank) -> Tensor:
+        raise NotImplementedError(
+            f"{type(self).__name__} has to define _score(shard), giving one score a sample"
+        )
+
+    def _check(self) -> None:
+        """Raise InputError for hyper-parameters out of range."""
+
+    def _check_number(
+        self, field: str, low: float, high: float, *, optional: bool = False, open_low: bool = False
+    ) -> None:
+        """Raise InputError unless a field is a finite number in [low, high] ((low, high] with `open_low`)."""
+        value = getattr(self, field)
+        if value is None and optional:
+            return
+        number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        if not number or value > high or value < low or (open_low and value == low):
+            bounds = f"above {low:g}" if open_low else f"from {low:g}"
+            bounds += f" to {high:g}" if isfinite(high) else ""
+            none = " or None (off)" if optional else ""
+            raise InputError(f"{self.title}: {field} is {value!r}, expected a number {bounds}{none}.")
+
+    def _check_flag(self, field: str) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, bool):
+            raise InputError(f"{self.title}: {field} is {value!r}, expected True or False.")
+
+    def _check_sizes(self, shard: FeatureBank, head: Head) -> None:
+        expected = (head.feature_dim, head.num_classes)
+        found = (shard.features.shape[1], shard.logits.shape[1])
+        if found != expected:
+            raise InputError(
+                f"{self.title}: the bank has {found[0]} features and {found[1]} logits a sample, the head {expected[0]} "
+                f"and {expected[1]}; extract the bank with the network the head belongs to."
+            )
+
+    def _check_finite(self, values: Tensor, what: str, start: int) -> None:
+        # A finite sum has only finite terms, and is much faster to see than each of them.
+        if not values.sum().isfinite():
+            bad = ~values.isfinite().reshape(len(values), -1).all(1)
+            if bad.any():
+                first = start + int(bad.nonzero()[0])
+                raise InputError(
+                    f"{self.title}: {int(bad.sum())} of samples {start} to {start + len(values) - 1} have NaN or infinite "
+                    f"{what} (first: sample {first}), expected finite numbers; check the network and its input."
+                )
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "head_"):
+            raise InputError(
+                f"{self.title} is not fitted, expected fit(train_bank, head) before anything else; call it."
+            )
+        self._check()
+
+    @torch.no_grad()
+    def _over_shards(self, bank: Bank, function: Callable[[FeatureBank], Tensor], what: str) -> Tensor:
+        """Apply a function to every shard, checking what goes in and what comes out, and concatenate."""
+        self._check_fitted()
+        outputs, start = [], 0
+        for shard in bank.shards():
+            self._check_sizes(shard, self.head_)
+            self._check_finite(shard.features, "features", start)
+            self._check_finite(shard.logits, "logits", start)
+            outputs.append(function(shard))
+            self._check_finite(outputs[-1], what, start)
+            start += len(shard)
+        if not outputs:
+            raise InputError(
+                f"{self.title}: the bank has no samples, expected at least one; check its image set."
+            )
+        return torch.cat(outputs)
+
+    def _class_means(self, train_bank: Bank) -> Tensor:
+        """Mean training feature of each class [C, D] float64; every class must have images."""
+        means, counts = banks.class_means(train_bank, self.head_.num_classes)
+        empty = (counts == 0).nonzero().flatten().tolist()
+        if empty:
+            names = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
+            raise InputError(
+                f"{self.title}: no training image of class {names}, expected at least one of each of the "
+                f"{self.head_.num_classes} classes; take more training images."
+            )
+        if not means.isfinite().all():
+            self._check_training_features(train_bank)
+        return means
+
+    def _check_training_features(self, train_bank: Bank) -> None:
+        start = 0
+        for shard in train_bank.shards():
+            self._check_finite(shard.features, "training features", start)
+            start += len(shard)
+
+    def _cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """A small result kept until the next fit; the key holds every hyper-parameter it depends on."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]

@@ -1,0 +1,174 @@
+"""LINe: leveraging important neurons."""
+
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ood_helpers.detectors.base import Detector
+from ood_helpers.detectors.energy import energy_score
+from ood_helpers.detectors.percentile import order_statistics, percentile
+from ood_helpers.errors import InputError
+from ood_helpers.features import Bank, FeatureBank, Head
+
+
+@dataclass
+class LINe(Detector):
+    """Score S = logsumexp(z'), logits of the clipped features and head weights that matter for the predicted class.
+
+    1. contributions A[c, d] = mean over the training images of class c of f_d * d(logit_c) / d(f_d); the head is
+       linear, so A = W * (class-mean features) without any backward pass
+    2. g = min(f, delta)
+    3. k = argmax of the logits of g
+    4. activation pruning: feature d is kept where A[k, d] > the activation percentile of row A[k, :]
+    5. weight pruning: weight (c, d) is kept where |A[k, d]| * W[c, d] > the weight percentile of that C x D
+       matrix; W is signed, so negative weights go first
+    6. z'_c = sum over the kept features and weights of g_d * W[c, d], plus b_c
+
+    Hyper-parameters
+    ----------------
+    delta : above 0, or None for no clipping; the authors use 1.0 for CIFAR, 0.8 for ImageNet
+    activation_percentile : in [0, 100], 90 keeps 10 %, None = no activation pruning; 90 for CIFAR-10, 10 for
+        CIFAR-100 and ImageNet
+    weight_percentile : in [0, 100], None = no weight pruning; 90 for CIFAR, 10 for ImageNet
+
+    Learned
+    -------
+    contributions_ : A [C, D] float64
+
+    Samples are grouped by predicted class, so a shard costs one masked [C, D] matrix product for each class in it.
+    The first score after a change of `weight_percentile` computes C thresholds over C x D numbers each.
+    """
+
+    delta: float | None = 1.0
+    activation_percentile: float | None = 90.0
+    weight_percentile: float | None = 90.0
+
+    title: ClassVar[str] = "LINe"
+    source: ClassVar[str] = "Ahn, Park and Kim, CVPR 2023, arXiv 2303.13995"
+
+    def _check(self) -> None:
+        self._check_number("delta", 0, inf, optional=True, open_low=True)
+        self._check_number("activation_percentile", 0, 100, optional=True)
+        self._check_number("weight_percentile", 0, 100, optional=True)
+
+    @torch.no_grad()
+    def _fit(self, train_bank: Bank) -> None:
+        self.contributions_ = self.head_.weight.detach().cpu().double() * self._class_means(train_bank)
+
+    def activation_mask(self) -> Tensor:
+        """The features that each predicted class keeps: bool [C, D]; all True with activation pruning off.
+
+        Raises
+        ------
+        InputError : not fitted; a hyper-parameter out of range
+        """
+        self._check_fitted()
+        if self.activation_percentile is None:
+            return torch.ones_like(self.contributions_, dtype=torch.bool)
+        lower, _ = order_statistics(self.contributions_, self.activation_percentile, dim=1)
+        return self.contributions_ > lower[:, None]
+
+    def weight_thresholds(self) -> Tensor:
+        """The weight percentile of |A[k]| * W for each predicted class k: float64 [C]; -inf with weight pruning off.
+
+        Raises
+        ------
+        InputError : not fitted; a hyper-parameter out of range
+        """
+        self._check_fitted()
+        if self.weight_percentile is None:
+            return torch.full((self.head_.num_classes,), -inf, dtype=torch.float64)
+        weight = self.head_.weight.detach()
+        importance = self.contributions_.to(weight).abs()
+        return torch.stack([percentile(row * weight, self.weight_percentile) for row in importance])
+
+    def weight_mask(self, k: int) -> Tensor:
+        """The head weights that are kept for samples predicted as class k: bool [C, D].
+
+        Raises
+        ------
+        InputError : not fitted; a hyper-parameter out of range; no class k
+        """
+        self._check_fitted()
+        if not 0 <= k < self.head_.num_classes:
+            raise InputError(
+                f"LINe: there is no class {k}, expected one of 0 to {self.head_.num_classes - 1}."
+            )
+        weight = self.head_.weight.detach()
+        if self.weight_percentile is None:
+            return torch.ones_like(weight, dtype=torch.bool)
+        importance = self.contributions_[k].to(weight).abs()
+        return importance * weight > self._weight_floors(weight)[k]
+
+    def pruned_logits(self, bank: Bank) -> Tensor:
+        """z' [N, C], the logits the score is made of; raises like `score_samples`."""
+        return self._over_shards(bank, self._pruned_logits, "pruned logits")
+
+    def _weight_floors(self, weight: Tensor) -> Tensor:
+        """For each predicted class the value that a kept |A[k]| * W exceeds: [C], in the head's dtype as used."""
+
+        def compute() -> Tensor:
+            importance = self.contributions_.to(weight).abs()
+            return torch.stack(
+                [order_statistics(row * weight, self.weight_percentile)[0] for row in importance]
+            )
+
+        return self._cached((self.weight_percentile, weight.dtype, weight.device), compute)
+
+    def _pruned_logits(self, shard: FeatureBank) -> Tensor:
+        head = self.head_.to(shard.features)
+        clipped = shard.features if self.delta is None else shard.features.clamp(max=self.delta)
+        return line_logits(
+            clipped,
+            head,
+            importance=self.contributions_.to(head.weight).abs(),
+            activation_mask=None
+            if self.activation_percentile is None
+            else self.activation_mask().to(head.weight.device),
+            weight_floors=None if self.weight_percentile is None else self._weight_floors(head.weight),
+        )
+
+    def _score(self, shard: FeatureBank) -> Tensor:
+        return energy_score(self._pruned_logits(shard))
+
+
+def line_logits(
+    features: Tensor,
+    head: Head,
+    importance: Tensor,
+    activation_mask: Tensor | None,
+    weight_floors: Tensor | None,
+) -> Tensor:
+    """Steps 3, 5 and 6 of LINe: logits [N, C] through the head as pruned for each sample's predicted class.
+
+    Parameters
+    ----------
+    features : [N, D], clipped
+    head : weight [C, D], bias [C]
+    importance : |A| [C, D]
+    activation_mask : bool [C, D], row k for samples predicted as k; None = keep every feature
+    weight_floors : [C]; for class k weight (c, d) is kept where importance[k, d] * weight[c, d] exceeds
+        weight_floors[k]; None = keep every weight
+    """
+    full_logits = head.logits(features)
+    if activation_mask is None and weight_floors is None:
+        return full_logits
+    predicted = full_logits.argmax(dim=1)
+    order = predicted.argsort()
+    grouped = features[order]
+    weight = head.weight.T.contiguous()
+    logits = torch.empty_like(full_logits)
+    start = 0
+    for k, count in enumerate(predicted.bincount().tolist()):
+        if count:
+            kept = slice(None) if activation_mask is None else activation_mask[k].nonzero().flatten()
+            kept_weight = weight[kept]
+            if weight_floors is not None:
+                kept_weight = kept_weight * (importance[k, kept, None] * kept_weight > weight_floors[k])
+            rows = slice(start, start + count)
+            logits[order[rows]] = grouped[rows][:, kept] @ kept_weight + head.bias
+            start += count
+    return logits

@@ -1,0 +1,23 @@
+"""MSP: the maximum softmax probability."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ood_helpers.detectors.base import Detector
+from ood_helpers.features import FeatureBank
+
+
+@dataclass
+class MSP(Detector):
+    """Score S = max_c softmax(z)_c, in [1 / C, 1], float64 whatever the bank's dtype.
+
+    In float32 every sample that is classified with a margin above about 17 would get the same score, 1.
+    """
+
+    title: ClassVar[str] = "MSP"
+    source: ClassVar[str] = "Hendrycks and Gimpel, ICLR 2017, arXiv 1610.02136"
+
+    def _score(self, shard: FeatureBank) -> Tensor:
+        return shard.logits.double().softmax(dim=1).amax(dim=1)

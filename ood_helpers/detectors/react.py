@@ -1,0 +1,65 @@
+"""ReAct: rectified activations."""
+
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar
+
+from torch import Tensor
+
+from ood_helpers.detectors.base import Detector
+from ood_helpers.detectors.energy import energy_score
+from ood_helpers.errors import InputError
+from ood_helpers.features import Bank, FeatureBank, activation_percentile
+
+
+@dataclass
+class ReAct(Detector):
+    """Score S = logsumexp(min(f, c) W^T + b): unusually large activations, typical of OOD input, are cut at c.
+
+    Hyper-parameters, exactly one of
+    --------------------------------
+    percentile : in [0, 100]; c = this percentile of all activations of the ID training bank (90 when neither is given)
+    clip : c itself, above 0
+
+    `fit` keeps a reference to the training bank (`train_bank_`), from which any percentile is read exactly.
+    """
+
+    percentile: float | None = None
+    clip: float | None = None
+
+    title: ClassVar[str] = "ReAct"
+    source: ClassVar[str] = "Sun, Guo and Li, NeurIPS 2021, arXiv 2111.12797"
+
+    def __post_init__(self) -> None:
+        if self.percentile is None and self.clip is None:
+            self.percentile = 90.0
+        super().__post_init__()
+
+    def _check(self) -> None:
+        if (self.percentile is None) == (self.clip is None):
+            found = "neither" if self.clip is None else f"both ({self.percentile!r} and {self.clip!r})"
+            raise InputError(
+                f"ReAct: found {found} of percentile and clip, expected one; set the other to None."
+            )
+        self._check_number("percentile", 0, 100, optional=True)
+        self._check_number("clip", 0, inf, optional=True, open_low=True)
+
+    def _fit(self, train_bank: Bank) -> None:
+        self._check_training_features(train_bank)
+        self.train_bank_ = train_bank
+
+    def clip_value(self) -> float:
+        """The c in use: `clip`, or the percentile of the training activations.
+
+        Raises
+        ------
+        InputError : not fitted; a hyper-parameter out of range
+        """
+        self._check_fitted()
+        if self.clip is not None:
+            return self.clip
+        return self._cached(self.percentile, lambda: activation_percentile(self.train_bank_, self.percentile))
+
+    def _score(self, shard: FeatureBank) -> Tensor:
+        clipped = shard.features.clamp(max=self.clip_value())
+        return energy_score(self.head_.to(clipped).logits(clipped))

@@ -1,0 +1,373 @@
+"""The feature bank: one forward pass an image set, kept on disk and read memory-mapped by every method.
+
+A bank holds the pooled penultimate features [N, D], the logits [N, C] and the labels [N] of one image set.
+It lives in a folder whose name is a hash of everything the numbers depend on, as safetensors shards that
+are written atomically; an interrupted pass goes on at the first missing shard.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ood_helpers.backbones import Classifier, weights_fingerprint
+from ood_helpers.config import FeaturesConfig
+from ood_helpers.data import ImageSet, Transform, image_batches
+from ood_helpers.errors import InputError
+from ood_helpers.files import atomic_path, sha256_of_json, write_json
+from ood_helpers.progress import track
+
+EXTRACTION_VERSION = 1  # raise it when the numbers in a bank change for the same network and images
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU; any other name is taken as it is."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"Device {device!r} cannot be used ({reason}); give auto, cpu or cuda.") from None
+    return chosen
+
+
+@dataclass(frozen=True)
+class Head:
+    """The linear classifier on the pooled features: logits = features weight^T + bias.
+
+    weight [C, D], bias [C].
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, network: Classifier) -> "Head":
+        """The head of a classifier, detached, on the CPU."""
+        return cls(network.head.weight.detach().cpu().clone(), network.head.bias.detach().cpu().clone())
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
+            found = f"weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)}"
+            raise InputError(f"A head has {found}, expected [C, D] and [C]; pass the weights of a linear layer.")
+
+    @property
+    def num_classes(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def feature_dim(self) -> int:
+        return self.weight.shape[1]
+
+    def to(self, *args, **kwargs) -> "Head":
+        """The head in another dtype or on another device, as torch.Tensor.to."""
+        return Head(self.weight.to(*args, **kwargs), self.bias.to(*args, **kwargs))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits [N, C] of features [N, D]."""
+        return features @ self.weight.T + self.bias
+
+
+@dataclass(frozen=True)
+class FeatureBank:
+    """Features [N, D], logits [N, C], labels [N] int64 or None, and pooled taps {module: [N, D_l]}, in memory."""
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor | None = None
+    taps: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, tensor in {"logits": self.logits, "labels": self.labels, **self.taps}.items():
+            if tensor is not None and len(tensor) != len(self.features):
+                raise InputError(
+                    f"A feature bank has {len(self.features)} rows of features and {len(tensor)} of {name}; "
+                    "expected one row an image in each."
+                )
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def shards(self) -> Iterator["FeatureBank"]:
+        """The bank in pieces that fit in memory; this one is a single piece."""
+        yield self
+
+
+@dataclass(frozen=True)
+class StoredBank:
+    """A complete bank on disk. `record` has the number of images, seconds and images a second of its pass."""
+
+    directory: Path
+    record: dict
+
+    @classmethod
+    def open(cls, directory: Path) -> "StoredBank | None":
+        """The bank in a folder, or None when its pass has not ended.
+
+        Raises
+        ------
+        InputError : a shard is missing or damaged
+        """
+        record_path = Path(directory) / "bank.json"
+        if not record_path.exists():
+            return None
+        bank = cls(Path(directory), json.loads(record_path.read_text()))
+        for path in bank.shard_paths:
+            with _open_shard(path):
+                pass
+        return bank
+
+    @property
+    def shard_paths(self) -> list[Path]:
+        return [shard_path(self.directory, index) for index in range(self.record["shards"])]
+
+    def __len__(self) -> int:
+        return self.record["images"]
+
+    def shards(self) -> Iterator[FeatureBank]:
+        """One memory-mapped FeatureBank a shard, in order."""
+        for path in self.shard_paths:
+            with _open_shard(path) as shard:
+                yield _read_shard(shard)
+
+    def load(self) -> FeatureBank:
+        """The whole bank; memory-mapped when it is a single shard, else N (D + C) floats in memory."""
+        shards = list(self.shards())
+        if len(shards) == 1:
+            return shards[0]
+        labels = None if shards[0].labels is None else torch.cat([shard.labels for shard in shards])
+        taps = {name: torch.cat([shard.taps[name] for shard in shards]) for name in shards[0].taps}
+        features = torch.cat([shard.features for shard in shards])
+        return FeatureBank(features, torch.cat([shard.logits for shard in shards]), labels, taps)
+
+
+Bank = FeatureBank | StoredBank
+
+
+def shard_path(directory: Path, index: int) -> Path:
+    """Where a shard of a stored bank lies."""
+    return Path(directory) / f"shard-{index:05d}.safetensors"
+
+
+@contextmanager
+def _open_shard(path: Path):
+    try:
+        with safe_open(path, framework="pt", device="cpu") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        size = f"{path.stat().st_size} bytes" if path.exists() else "no file"
+        raise InputError(
+            f"The cache shard {path} is damaged ({size}; {error}), expected a complete safetensors file; "
+            "delete it and run again: only this shard is computed anew."
+        ) from None
+
+
+def _read_shard(shard) -> FeatureBank:
+    names = shard.keys()
+    taps = {name.removeprefix("taps."): shard.get_tensor(name) for name in names if name.startswith("taps.")}
+    labels = shard.get_tensor("labels") if "labels" in names else None
+    return FeatureBank(shard.get_tensor("features"), shard.get_tensor("logits"), labels, taps)
+
+
+def bank_key(network: Classifier, image_set: ImageSet, transform: Transform, taps: tuple[str, ...] = ()) -> str:
+    """SHA-256 over weights, transform, image set (content, labels, what was taken), taps and code version."""
+    parts = [weights_fingerprint(network), transform.fingerprint, image_set.fingerprint, list(taps), EXTRACTION_VERSION]
+    return sha256_of_json(parts)
+
+
+def extract(
+    network: Classifier,
+    image_set: ImageSet,
+    transform: Transform,
+    directory: Path,
+    options: FeaturesConfig = FeaturesConfig(),  # noqa: B008 - frozen
+    device: torch.device | str = "cpu",
+) -> StoredBank:
+    """Pass an image set through a network once and store features, logits, labels and taps.
+
+    Memory: one shard (`batch_size * shard_batches` images' outputs) and one batch of images.
+    Shards already in `directory` are kept, so an interrupted pass goes on where it stopped; each shard is
+    computed by the same batches either way, so the result is the same.
+
+    Raises
+    ------
+    InputError : unreadable image, damaged shard, NaN or infinite features, unknown tap
+    """
+    directory = Path(directory)
+    done = StoredBank.open(directory)
+    if done is not None and all(path.exists() for path in done.shard_paths):
+        return done
+    rows = options.batch_size * options.shard_batches
+    starts = range(0, len(image_set), rows)
+    network.eval().to(device, memory_format=torch.channels_last)
+    with track(description=image_set.name, total=len(image_set), unit="image") as bar:
+        for index, start in enumerate(starts):
+            stop = min(start + rows, len(image_set))
+            path = shard_path(directory, index)
+            if path.exists():
+                with _open_shard(path) as shard:
+                    _check_rows(path, shard.get_slice("features").get_shape()[0], stop - start)
+            else:
+                _write_shard(path, network, image_set, transform, start, stop, options, device, bar)
+            bar.n = stop
+            bar.refresh()
+    seconds = 0.0
+    for index in range(len(starts)):
+        with _open_shard(shard_path(directory, index)) as shard:
+            seconds += float(shard.metadata()["seconds"])
+    record = {
+        "set": image_set.name,
+        "images": len(image_set),
+        "shards": len(starts),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(len(image_set) / max(seconds, 1e-9), 1),
+        "device": str(device),
+    }
+    write_json(directory / "bank.json", record)
+    return StoredBank(directory, record)
+
+
+def _check_rows(path: Path, found: int, expected: int) -> None:
+    if found != expected:
+        raise InputError(
+            f"The cache shard {path} holds {found} images, expected {expected}: batch_size or shard_batches changed "
+            f"since an interrupted pass; set them back or delete {path.parent}."
+        )
+
+
+def _write_shard(path, network, image_set, transform, start, stop, options, device, bar) -> None:
+    outputs: dict[str, list[Tensor]] = {"features": [], "logits": []}
+    begin = time.perf_counter()
+    with torch.inference_mode(), _tapped(network, options.taps) as taps:
+        for batch in image_batches(image_set, transform, start, stop, options.batch_size, options.workers):
+            inputs = transform.normalise(batch.to(device, non_blocking=True))
+            features = network.features(inputs.contiguous(memory_format=torch.channels_last))
+            outputs["features"].append(features.float().cpu())
+            outputs["logits"].append(network.head(features).float().cpu())
+            for name, value in taps.items():
+                outputs.setdefault(f"taps.{name}", []).append(value.float().cpu())
+            bar.update(len(batch))
+    seconds = time.perf_counter() - begin
+    tensors = {name: torch.cat(parts).contiguous() for name, parts in outputs.items()}
+    bad = ~torch.isfinite(tensors["features"]).all(1) | ~torch.isfinite(tensors["logits"]).all(1)
+    if bad.any():
+        first = start + int(bad.nonzero()[0])
+        raise InputError(
+            f"The network gives NaN or infinite outputs for {int(bad.sum())} of images {start} to {stop - 1} of "
+            f"{image_set.name} (first: {first}), expected finite numbers; check the checkpoint and the transform."
+        )
+    if image_set.labels is not None:
+        tensors["labels"] = torch.from_numpy(np.ascontiguousarray(image_set.labels[start:stop])).long()
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"seconds": f"{seconds:.6f}"})
+
+
+@contextmanager
+def _tapped(network: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """Collect the spatial mean of the named modules' outputs during forward passes."""
+    modules, values = dict(network.named_modules()), {}
+    for name in names:
+        if name not in modules:
+            raise InputError(f"The network has no module {name!r} to tap; expected one of: {', '.join(filter(None, modules))}.")
+
+    def keep(name):
+        def hook(_module, _inputs, output):
+            values[name] = output.mean((2, 3)) if output.ndim == 4 else output
+
+        return hook
+
+    hooks = [modules[name].register_forward_hook(keep(name)) for name in names]
+    try:
+        yield values
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def class_means(bank: Bank, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Mean feature of each class and number of images in it, streaming over the bank's shards.
+
+    Returns
+    -------
+    means [C, D] float64 (NaN for a class without images), counts [C] int64
+
+    Raises
+    ------
+    InputError : the bank has no labels, or a label outside 0 .. C - 1
+    """
+    sums, counts = None, torch.zeros(num_classes, dtype=torch.int64)
+    for shard in bank.shards():
+        if shard.labels is None:
+            raise InputError("The bank has no labels, expected the labels of the ID training images; add them to the set.")
+        if len(shard) and not 0 <= int(shard.labels.min()) <= int(shard.labels.max()) < num_classes:
+            found = f"{int(shard.labels.min())} to {int(shard.labels.max())}"
+            raise InputError(f"Labels run from {found}, expected 0 to {num_classes - 1}; check num_classes and the labels.")
+        labels = shard.labels.cpu()
+        if sums is None:
+            sums = torch.zeros(num_classes, shard.features.shape[1], dtype=torch.float64)
+        sums.index_add_(0, labels, shard.features.cpu().double())
+        counts += torch.bincount(labels, minlength=num_classes)
+    return sums / counts[:, None], counts
+
+
+def accuracy(bank: Bank) -> float:
+    """Percent of a bank's images whose largest logit is at their label."""
+    correct = sum(int((shard.logits.argmax(1) == shard.labels).sum()) for shard in bank.shards())
+    return 100 * correct / len(bank)
+
+
+def activation_percentile(bank: Bank, percentile: float) -> float:
+    """The percentile of all N * D feature values of a bank, exact, as numpy's linear interpolation.
+
+    The two order statistics it lies between are found by counting the values' leading 16 bits, then the
+    next 16 among those that share them, and so on: a few passes over the shards, no copy of the bank.
+    """
+    total = sum(shard.features.numel() for shard in bank.shards())
+    position = percentile / 100 * (total - 1)
+    lower = int(position)
+    low, high = (_order_statistic(bank, min(rank, total - 1)) for rank in (lower, lower + 1))
+    return low + (high - low) * (position - lower)
+
+
+def _order_statistic(bank: Bank, rank: int) -> float:
+    prefix, bits, dtype = 0, None, None
+    shift = None
+    while shift is None or shift > 0:
+        histogram = np.zeros(1 << 16, dtype=np.int64)
+        for shard in bank.shards():
+            values = shard.features.cpu().numpy().ravel()
+            dtype, bits = values.dtype, 8 * values.dtype.itemsize
+            keys = _sortable(values)
+            start = bits - 16 if shift is None else shift - 16
+            if start < bits - 16:
+                keys = keys[(keys >> keys.dtype.type(start + 16)) == prefix]
+            histogram += np.bincount(((keys >> keys.dtype.type(start)) & 0xFFFF).astype(np.int64), minlength=1 << 16)
+        shift = start
+        cumulative = np.cumsum(histogram)
+        digit = int(np.searchsorted(cumulative, rank, side="right"))
+        rank -= int(cumulative[digit - 1]) if digit else 0
+        prefix = (prefix << 16) | digit
+    top = 1 << (bits - 1)
+    pattern = prefix ^ top if prefix & top else prefix ^ (2 * top - 1)
+    return float(np.array([pattern], dtype=f"u{bits // 8}").view(dtype)[0])
+
+
+def _sortable(values: np.ndarray) -> np.ndarray:
+    """Unsigned integers in the order of the floats: flip the sign bit of positives, all bits of negatives."""
+    bits = 8 * values.dtype.itemsize
+    patterns = np.ascontiguousarray(values).view(f"u{bits // 8}")
+    unsigned = patterns.dtype.type
+    top = unsigned(1 << (bits - 1))
+    return patterns ^ np.where(patterns & top, unsigned(2 * int(top) - 1), top)
+
+

@@ -1,0 +1,1041 @@
+"""Every figure of the kit, one function each; each returns a matplotlib Figure and shows nothing by itself.
+
+A figure is shown by Jupyter when it is the last value of a cell, once. Scores are drawn with higher = more
+in-distribution; rates are percentages. `caption` (experiment and seed, for example "digits · seed 0") stands
+in the upper right corner of every figure. Arrays may be numpy arrays or tensors on any device.
+"""
+
+import functools
+import io
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps, rc_context, style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, PowerNorm, TwoSlopeNorm, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from ood_helpers.errors import InputError, nearest
+from ood_helpers.files import atomic_path
+from ood_helpers.results import METRICS, wide_table
+
+WIDTH = 7.0  # inches: the text width of a page
+SCORE = "score\n(higher = more in-distribution)"
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that figures look alike everywhere
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "lines.linewidth": 1.5,
+    "image.cmap": "cividis",
+    "svg.hashsalt": "ood_helpers",  # without it the identifiers in an SVG are random
+}
+# seaborn's "colorblind" palette: blue for the ID data, the others (less its pale yellow) for the OOD sets
+ID_COLOUR = "#0173B2"
+COLOURS = ["#DE8F05", "#029E73", "#CC78BC", "#D55E00", "#56B4E9", "#CA9161", "#949494", "#FBAFE4"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*"]
+
+
+class NotebookFigure(Figure):
+    """A Figure that Jupyter shows as PNG although pyplot, which registers the display of figures, does not know it."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        FigureCanvasAgg(self).print_png(buffer)
+        return buffer.getvalue()
+
+
+def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw in the kit's style, then freeze the layout: a figure looks the same each time it is shown or saved."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any, **kwargs: Any) -> Figure:
+        with style.context(["default", STYLE]):
+            figure = draw(*args, **kwargs)
+            figure.draw_without_rendering()
+            figure.draw_without_rendering()  # the first pass may change tick labels and with them the margins
+            figure.set_layout_engine("none")
+        return figure
+
+    return drawn
+
+
+def save_figure(figure: Figure, directory: Path, name: str) -> list[Path]:
+    """Write `directory`/`name`.png (150 dpi) and .svg, atomically; the same figure gives the same bytes."""
+    paths = []
+    for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        path = Path(directory) / f"{name}.{suffix}"
+        with rc_context({"svg.hashsalt": STYLE["svg.hashsalt"]}), atomic_path(path) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=150, metadata=metadata)
+        paths.append(path)
+    return paths
+
+
+@_figure
+def sample_grid(
+    sets: Mapping[str, Any],
+    *,
+    caption: str,
+    title: str = "",
+    groups: Mapping[str, str] | None = None,
+    image_titles: Mapping[str, Sequence[str]] | None = None,
+    columns: int = 12,
+) -> Figure:
+    """Images of each set, unsmoothed: a row a set, or a block of rows where there are more than `columns` images.
+
+    sets: name -> uint8 [n, H, W, 3]; groups: name -> "near", "far" or any word; image_titles: name -> n short texts.
+    """
+    arrays = {name: _array(images) for name, images in sets.items()}
+    for name, images in arrays.items():
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
+            raise InputError(
+                f"The images of {name} are {images.dtype} {list(images.shape)}, expected uint8 [n, H, W, 3] with n > 0; "
+                "pass raw images."
+            )
+    columns = min(columns, max(map(len, arrays.values())))
+    gap = 0.06
+    cell = min(5.8 / columns / (1 + gap), 1.2)  # inches an image is wide; lengths below are in image widths
+    title_height = {name: 0.17 / cell if image_titles and name in image_titles else 0 for name in arrays}
+    steps = {
+        name: image.shape[1] / image.shape[2] + gap + title_height[name] for name, image in arrays.items()
+    }
+    blocks = {name: -(-len(images) // columns) * steps[name] for name, images in arrays.items()}
+    figure = _new_figure(cell * sum(blocks.values()) + 0.09 * len(blocks) + 0.15, caption, title)
+    all_axes = figure.subplots(len(arrays), 1, squeeze=False, height_ratios=list(blocks.values()))[:, 0]
+    for axes, (name, images) in zip(all_axes, arrays.items()):
+        for index, image in enumerate(images):
+            row, column = divmod(index, columns)
+            left, bottom = column * (1 + gap), -row * steps[name]
+            extent = (left, left + 1, bottom, bottom + image.shape[0] / image.shape[1])
+            axes.imshow(image, interpolation="nearest", extent=extent)
+            if image_titles and name in image_titles:
+                text = image_titles[name][index]
+                axes.text(left + 0.5, extent[3] + 0.03, text, ha="center", va="bottom", fontsize=8)
+        axes.set(
+            xlim=(0, columns * (1 + gap)),
+            ylim=(bottom - gap / 2, steps[name] - gap / 2),
+            xticks=[],
+            yticks=[],
+        )
+        axes.set_anchor("W")
+        axes.spines[:].set_visible(False)
+        label = f"{name}\n{groups[name]}" if groups and name in groups else name
+        axes.set_ylabel(label, rotation=0, ha="right", va="center", linespacing=1.4)
+    return figure
+
+
+@_figure
+def learning_curve(history: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """Loss, accuracy and learning rate against the epoch.
+
+    history: columns epoch, learning_rate, train_loss, train_accuracy and, where there was a validation set,
+    validation_loss, validation_accuracy; accuracies in percent.
+    """
+    _require(history, ["epoch", "learning_rate", "train_loss", "train_accuracy"], "training history")
+    figure = _new_figure(2.4, caption, title)
+    marker = "." if len(history) <= 40 else None
+    panels = {"loss": "cross-entropy loss", "accuracy": "accuracy (%)"}
+    loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3)
+    for axes, (quantity, label) in zip((loss_axes, accuracy_axes), panels.items()):
+        for split, colour, dashes in (("train", ID_COLOUR, "-"), ("validation", COLOURS[0], "--")):
+            column = f"{split}_{quantity}"
+            if column in history and history[column].notna().any():
+                axes.plot(history.epoch, history[column], dashes, marker=marker, color=colour, label=split)
+        axes.set_ylabel(label)
+        axes.legend()
+    rate_axes.plot(history.epoch, history.learning_rate, marker=marker, color="0.3")
+    rate_axes.set_ylabel("learning rate")
+    for axes in (loss_axes, rate_axes):
+        axes.set_ylim(0, 1.06 * max(line.get_ydata().max() for line in axes.lines))
+    for axes in (loss_axes, accuracy_axes, rate_axes):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(True)
+    return figure
+
+
+@_figure
+def confusion_matrix(
+    labels: Any, predictions: Any, class_names: Sequence[str], *, caption: str, title: str = ""
+) -> Figure:
+    """Confusion matrix in percent of the row (true class); numbers are written up to 20 classes.
+
+    labels, predictions: int [N] in 0 .. C-1; class_names: C names. A class without images is left blank.
+    """
+    labels, predictions, count = _array(labels), _array(predictions), len(class_names)
+    if labels.shape != predictions.shape or labels.ndim != 1:
+        raise InputError(
+            f"Labels {list(labels.shape)} and predictions {list(predictions.shape)} differ in shape, expected both [N]; "
+            "pass one prediction per label."
+        )
+    if (
+        len(labels) == 0
+        or not 0 <= min(labels.min(), predictions.min()) <= max(labels.max(), predictions.max()) < count
+    ):
+        raise InputError(f"Expected labels and predictions in 0..{count - 1}; pass the names of all classes.")
+    matrix = np.zeros((count, count))
+    np.add.at(matrix, (labels, predictions), 1)
+    totals = matrix.sum(axis=1, keepdims=True)
+    percent = np.full_like(matrix, np.nan)
+    np.divide(100 * matrix, totals, out=percent, where=totals > 0)
+    side = float(np.clip(0.38 * count, 2.0, 5.0))
+    names = 0.075 * max(len(str(name)) for name in class_names) if count <= 25 else 0.2
+    figure = _new_figure(side + names + 0.6, caption, title, width=min(WIDTH, side + names + 1.5))
+    axes = figure.subplots()
+    # the root makes the rare mistakes visible beside the diagonal
+    norm = PowerNorm(0.5, 0, 100)
+    image = axes.imshow(
+        percent, norm=norm, cmap=_with_grey("cividis"), aspect="auto", interpolation="nearest"
+    )
+    figure.colorbar(image, ax=axes, label="share of the true class (%)", ticks=[0, 1, 5, 20, 50, 100])
+    if count <= 20:
+        _write_values(axes, image, percent, "{:.1f}" if count <= 12 else "{:.0f}", skip_zero=True)
+    accuracy = 100 * np.mean(labels == predictions)
+    axes.set_title(f"accuracy {accuracy:.2f} % of {len(labels):,} images")
+    _class_ticks(axes.xaxis, class_names, count, "predicted class")
+    _class_ticks(axes.yaxis, class_names, count, "true class")
+    return figure
+
+
+@_figure
+def feature_projection(
+    id_features: Any,
+    ood_features: Mapping[str, Any],
+    *,
+    caption: str,
+    title: str = "",
+    id_labels: Any = None,
+    class_names: Sequence[str] | None = None,
+    groups: Mapping[str, str] | None = None,
+    max_points: int = 1500,
+) -> Figure:
+    """Features on the first two principal components of the ID features: a panel an OOD set, the ID data behind it.
+
+    id_features [n, D]; ood_features: name -> [m, D]; id_labels int [n] add a panel of the ID data by class.
+    At most `max_points` a set are drawn and 20,000 fitted, evenly spaced over the set.
+    """
+    id_features = _array(id_features)
+    fitted = id_features[_evenly(len(id_features), 20_000)].astype(np.float64)
+    mean = fitted.mean(axis=0)
+    variances, vectors = np.linalg.eigh((fitted - mean).T @ (fitted - mean))
+    basis = vectors[:, [-1, -2]]
+    # the sign of an eigenvector is arbitrary: its largest entry is made positive
+    basis *= np.sign(basis[np.abs(basis).argmax(axis=0), [0, 1]])
+    explained = 100 * variances[[-1, -2]] / max(variances.sum(), np.finfo(float).tiny)
+
+    def points(features: np.ndarray) -> np.ndarray:
+        return (features[_evenly(len(features), max_points)].astype(np.float64) - mean) @ basis
+
+    id_points = points(id_features)
+    panels = len(ood_features) + (id_labels is not None)
+    figure, all_axes = _panels(panels, caption, title, panel_height=2.0, sharex=True, sharey=True)
+    remaining = list(all_axes)
+    handles = []
+    if id_labels is not None:
+        axes = remaining.pop(0)
+        labels = _array(id_labels)[_evenly(len(id_features), max_points)]
+        classes = np.unique(_array(id_labels))
+        palette = [ID_COLOUR, *COLOURS, "#ECE133"]
+        by_class = len(classes) <= len(palette)
+        colours = [palette[np.searchsorted(classes, label)] for label in labels] if by_class else ID_COLOUR
+        axes.scatter(*id_points.T, s=5, c=colours, linewidths=0, rasterized=True)
+        axes.set_title("in-distribution, by class" if by_class else "in-distribution")
+        if by_class:
+            names = [str(label) if class_names is None else class_names[label] for label in classes]
+            handles = [_dot(colour, "o", name) for colour, name in zip(palette, names)]
+    for axes, (index, name) in zip(remaining, enumerate(ood_features)):
+        axes.scatter(*id_points.T, s=5, color="0.75", linewidths=0, rasterized=True)
+        look = {"marker": _marker(index), "color": _colour(index), "linewidths": 0, "alpha": 0.6}
+        axes.scatter(*points(_array(ood_features[name])).T, s=7, **look, rasterized=True)
+        axes.set_title(_set_title(name, groups))
+    _label_outer(
+        all_axes, f"component 1 ({explained[0]:.1f} % of variance)", f"component 2 ({explained[1]:.1f} %)"
+    )
+    handles = [_dot("0.75", "o", "in-distribution"), _dot("0.3", "o", "colour: the OOD set of the panel")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
+
+
+@_figure
+def score_histograms(
+    id_scores: Any,
+    ood_scores: Mapping[str, Any],
+    *,
+    threshold: float,
+    caption: str,
+    title: str = "",
+    metrics: Mapping[str, tuple[float, float]] | None = None,
+    groups: Mapping[str, str] | None = None,
+) -> Figure:
+    """Scores of the ID test set and of one OOD set a panel, with the threshold that keeps 95 % of the ID images.
+
+    id_scores [n]; ood_scores: name -> [m]; metrics: name -> (FPR95, AUROC) in percent, written above the panel.
+    """
+    id_scores = _array(id_scores)
+    ood_scores = {name: _array(scores) for name, scores in ood_scores.items()}
+    bins = _bins([id_scores, *ood_scores.values(), np.array([threshold])], 50)
+    figure, all_axes = _panels(len(ood_scores), caption, title, panel_height=1.7, sharex=True, sharey=True)
+    for axes, (index, (name, scores)) in zip(all_axes, enumerate(ood_scores.items())):
+        _histogram(axes, id_scores, bins, ID_COLOUR)
+        _histogram(axes, scores, bins, _colour(index))
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=1)
+        heading = _set_title(name, groups)
+        if metrics and name in metrics:
+            heading += "\nFPR95 {:.1f} % · AUROC {:.1f} %".format(*metrics[name])
+        axes.set_title(heading)
+    _label_outer(all_axes, SCORE, "images per bin (%)")
+    colour, _, name = _ood_entry(ood_scores)
+    handles = [
+        Patch(facecolor=ID_COLOUR, alpha=0.5, label="in-distribution"),
+        Patch(facecolor=colour, alpha=0.5, label=name),
+        Line2D([], [], color="black", linestyle="--", linewidth=1, label="95 % TPR threshold"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+@_figure
+def roc_curves(id_scores: Any, ood_scores: Mapping[str, Any], *, caption: str, title: str = "") -> Figure:
+    """ROC curve of each OOD set (ID positive), with FPR95 marked on the line of 95 % TPR.
+
+    id_scores [n]; ood_scores: name -> [m].
+    """
+    figure = _new_figure(3.3, caption, title, width=5.9)
+    axes = figure.subplots()
+    for index, (name, scores) in enumerate(ood_scores.items()):
+        fpr, tpr = _roc(_array(id_scores), _array(scores))
+        at95 = np.argmax(tpr >= 95)
+        colour = _colour(index)
+        axes.plot(fpr, tpr, color=colour)
+        axes.plot(
+            fpr[at95],
+            tpr[at95],
+            _marker(index),
+            color=colour,
+            markeredgecolor="white",
+            markersize=7,
+            clip_on=False,
+        )
+        label = f"{name}, FPR95 {fpr[at95]:.1f} %"
+        axes.plot([], [], color=colour, marker=_marker(index), label=label)
+    axes.plot([0, 100], [0, 100], color="0.6", linestyle=":", linewidth=1, label="chance")
+    axes.axhline(95, color="black", linestyle="--", linewidth=1, zorder=1, label="TPR 95 %")
+    axes.set(xlim=(0, 100), ylim=(0, 100.5))
+    axes.set_xlabel("FPR: OOD images accepted as ID (%)")
+    axes.set_ylabel("TPR: ID images accepted (%)")
+    axes.grid(True)
+    figure.legend(loc="outside right center")
+    return figure
+
+
+@_figure
+def score_grid(
+    scores: Mapping[str, tuple[Any, Mapping[str, Any]]],
+    *,
+    caption: str,
+    title: str = "",
+    groups: Mapping[str, str] | None = None,
+) -> Figure:
+    """Score histograms of many methods: a row a method, a column an OOD set, FPR95 in each panel's corner.
+
+    scores: method -> (ID scores [n], {OOD set -> scores [m]}); every method with the same sets.
+    """
+    methods, sets = list(scores), list(next(iter(scores.values()))[1])
+    figure = _new_figure(0.58 * len(methods) + 0.9, caption, title)
+    grid = figure.subplots(len(methods), len(sets), squeeze=False, sharex="row", sharey="row")
+    for row, method in enumerate(methods):
+        id_scores = _array(scores[method][0])
+        ood_scores = {name: _array(values) for name, values in scores[method][1].items()}
+        bins = _bins([id_scores, *ood_scores.values()], 40)
+        for column, name in enumerate(sets):
+            axes = grid[row, column]
+            _histogram(axes, id_scores, bins, ID_COLOUR)
+            _histogram(axes, ood_scores[name], bins, _colour(column))
+            fpr, tpr = _roc(id_scores, ood_scores[name])
+            axes.text(
+                0.02,
+                0.97,
+                f"{fpr[np.argmax(tpr >= 95)]:.0f} %",
+                transform=axes.transAxes,
+                va="top",
+                fontsize=8,
+            )
+            axes.set_yticks([])
+            axes.spines["left"].set_visible(False)
+            axes.xaxis.set_major_locator(MaxNLocator(2))
+            axes.tick_params(labelbottom=column == 0)  # the scale is the same along the row
+        grid[row, 0].set_ylim(top=1.35 * grid[row, 0].get_ylim()[1])
+        grid[row, 0].set_ylabel(method, rotation=0, ha="right", va="center")
+    for axes, name in zip(grid[0], sets):
+        axes.set_title(_set_title(name, groups, separator="\n"))
+    explanation = (
+        "score (higher = more in-distribution); blue: in-distribution; number: FPR95 (lower is better)"
+    )
+    figure.supxlabel(explanation, fontsize=9)
+    return figure
+
+
+@_figure
+def himplos_mask(
+    head_weight: Any, mask: Any, class_names: Sequence[str] | None = None, *, caption: str, title: str = ""
+) -> Figure:
+    """The head's weights with the features HIM masks greyed out, and how many classes keep each feature.
+
+    head_weight [C, D]; mask bool [C, D], True = kept for images predicted as that class. The features are
+    ordered by the class that weights them most, then by that weight.
+    """
+    weight, mask = _array(head_weight).astype(float), _array(mask).astype(bool)
+    if weight.shape != mask.shape:
+        raise InputError(
+            f"Head weight {list(weight.shape)} and mask {list(mask.shape)} differ, expected both [C, D]; pass one mask row per class."
+        )
+    order = _feature_order(weight)
+    shown = np.where(mask, weight, np.nan)[:, order]
+    figure = _new_figure(_class_height(len(weight)) + 2.1, caption, title)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[_class_height(len(weight)), 0.9])
+    _class_image(figure, top, shown, class_names, "head weight", _limit(weight))
+    kept = 100 * mask.mean()
+    top.set_title(f"kept: {kept:.0f} % of the features of a class; grey: masked")
+    bottom.fill_between(
+        np.arange(mask.shape[1]), mask.sum(axis=0)[order], step="mid", color=ID_COLOUR, linewidth=0
+    )
+    bottom.set(ylabel="classes\nkeeping it", xlabel="feature, ordered by the class that weights it most")
+    bottom.set_ylim(0, len(weight))
+    bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    return figure
+
+
+@_figure
+def class_heatmap(
+    values: Any, class_names: Sequence[str] | None = None, *, colour_label: str, caption: str, title: str = ""
+) -> Figure:
+    """A table of values per class and feature: LINe's contributions, class prototypes, head weights.
+
+    values [C, D]. Colours diverge around 0 (one-sided where nothing is negative) and end at the 99.5th
+    percentile of |values|. The features are ordered by the class with the largest value, then by that value.
+    """
+    values = _array(values).astype(float)
+    figure = _new_figure(_class_height(len(values)) + 1.0, caption, title)
+    axes = figure.subplots()
+    shown = values[:, _feature_order(values)]
+    _class_image(
+        figure, axes, shown, class_names, colour_label, _limit(values), one_sided=bool(values.min() >= 0)
+    )
+    axes.set_xlabel("feature, ordered by the class with its largest value")
+    return figure
+
+
+@_figure
+def logits_before_after(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    *,
+    caption: str,
+    title: str = "",
+    groups: Mapping[str, str] | None = None,
+) -> Figure:
+    """Largest logit and energy (logsumexp of the logits) before and after a method, for the ID and the OOD sets.
+
+    before, after: set name -> logits [N, C], the ID set first. Below each OOD set stands its gap to the ID set,
+    (median ID - median OOD) / standard deviation ID, before -> after.
+    """
+    if list(before) != list(after):
+        raise InputError(
+            f"Found sets {list(before)} before and {list(after)} after; pass the same sets in the same order."
+        )
+    names = list(before)
+    quantities = {"largest logit": lambda z: z.max(axis=1), "energy score logsumexp": _logsumexp}
+    figure = _new_figure(4.9, caption, title)
+    for axes, (label, quantity) in zip(figure.subplots(2, 1), quantities.items()):
+        samples = [
+            [quantity(_array(logits[name]).astype(float)) for name in names] for logits in (before, after)
+        ]
+        for values, side in zip(samples, ("low", "high")):
+            violins = axes.violinplot(
+                [_trim(value) for value in values],
+                positions=range(len(names)),
+                side=side,
+                widths=0.85,
+                showextrema=False,
+                points=120,
+            )
+            for index, body in enumerate(violins["bodies"]):
+                colour = "0.75" if side == "low" else (ID_COLOUR if index == 0 else _colour(index - 1))
+                body.set(facecolor=colour, alpha=1, edgecolor="0.3", linewidth=0.5)
+            for position, value in enumerate(values):
+                ends = (position - 0.3, position) if side == "low" else (position, position + 0.3)
+                axes.hlines(np.median(value), *ends, color="black", linewidth=1.5)
+        ticks = [f"{textwrap.fill(names[0], 12)}\n(ID)"]
+        for index, name in enumerate(names[1:], start=1):
+            gaps = [(np.median(v[0]) - np.median(v[index])) / max(v[0].std(), 1e-12) for v in samples]
+            heading = _set_title(textwrap.fill(name, 12), groups, "\n")
+            ticks.append(f"{heading}\ngap {gaps[0]:.1f} → {gaps[1]:.1f}")
+        axes.set_xticks(range(len(names)), ticks)
+        axes.set_ylabel(f"{label}\n(higher = more ID)")
+        axes.set_xlim(-0.6, len(names) - 0.4)
+        axes.grid(True, axis="y")
+    handles = [
+        Patch(facecolor="0.75", edgecolor="0.3", label="left half: before"),
+        Patch(facecolor=COLOURS[0], edgecolor="0.3", label="right half: after"),
+        Line2D([], [], color="black", label="median"),
+    ]
+    axes.set_xlabel("gap: (median ID − median OOD) / standard deviation ID, before → after")
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+@_figure
+def line_masks(
+    activation_mask: Any,
+    kept_weight_share: Any,
+    class_names: Sequence[str] | None = None,
+    *,
+    caption: str,
+    title: str = "",
+) -> Figure:
+    """What LINe keeps: the neurons of each class, the neurons two classes share, and the head weights left.
+
+    activation_mask bool [C, D]; kept_weight_share [C, C]: percentage of the weights of logit c (column) kept
+    for images predicted as class k (row). Shared neurons: those of the row's class that the column's keeps too;
+    the diagonal, 100 %, is left out.
+    """
+    mask, share = _array(activation_mask).astype(bool), _array(kept_weight_share).astype(float)
+    count = len(mask)
+    if share.shape != (count, count):
+        raise InputError(
+            f"Found kept_weight_share {list(share.shape)} for {count} classes, expected [{count}, {count}]."
+        )
+    first = np.where(mask.any(axis=0), mask.argmax(axis=0), count)
+    order = np.lexsort((mask.sum(axis=0), first))
+    sizes = mask.sum(axis=1, keepdims=True)
+    overlap = np.full((count, count), np.nan)
+    np.divide(100.0 * (mask.astype(int) @ mask.T.astype(int)), sizes, out=overlap, where=sizes > 0)
+    np.fill_diagonal(overlap, np.nan)
+
+    height = _class_height(count)
+    figure = _new_figure(height + 4.4, caption, title)
+    layout = figure.subplot_mosaic(
+        [["neurons", "neurons"], ["overlap", "weights"]], height_ratios=[height, 2.9]
+    )
+    axes = layout["neurons"]
+    _rows_image(axes, ~mask[:, order], cmap="gray", norm=Normalize(-0.2, 1))
+    used = 100 * mask.any(axis=0).mean()
+    axes.set_title(
+        f"neurons kept (dark): {100 * mask.mean():.0f} % per class, {used:.0f} % by at least one class"
+    )
+    axes.set_xlabel("neuron, ordered by the first class that keeps it")
+    _class_ticks(axes.yaxis, class_names, count, "predicted class")
+    for name, values, heading, label, column in (
+        (
+            "overlap",
+            overlap,
+            "neurons shared by two classes",
+            "share of the row's neurons (%)",
+            "other class",
+        ),
+        ("weights", share, "head weights kept", "weights kept (%)", "logit"),
+    ):
+        axes = layout[name]
+        top = max(np.nanmax(values, initial=0), 1)
+        image = axes.imshow(
+            values, vmin=0, vmax=top, cmap=_with_grey("cividis"), aspect="auto", interpolation="nearest"
+        )
+        figure.colorbar(image, ax=axes, label=label)
+        if count <= 10:
+            _write_values(axes, image, values, "{:.0f}")
+        axes.set_title(heading)
+        _class_ticks(axes.xaxis, class_names, count, column)
+        _class_ticks(axes.yaxis, class_names, count, "predicted class" if name == "overlap" else "")
+    layout["weights"].tick_params(labelleft=False)
+    return figure
+
+
+@_figure
+def results_intervals(results: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """The results: FPR95 and AUROC of every method on every OOD set with their 95 % intervals, and the mean.
+
+    results: the long-form table. Methods stand in the order of their mean FPR95, best first. With several
+    seeds a point is the mean over seeds, its bar the mean interval, and a tick marks each seed.
+    """
+    _require_results(results, ["fpr95", "fpr95_lo", "fpr95_hi", "auroc", "auroc_lo", "auroc_hi"])
+    sets, methods = _ordered_sets(results), _ordered_methods(results)
+    several_seeds = results.groupby(["method", "ood_set"]).size().max() > 1
+    lanes = len(sets) + 1
+    lane = 0.8 / lanes
+    figure = _new_figure((0.078 * lanes + 0.07) * len(methods) + 1.2, caption, title)
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, metric in zip(both, METRICS):
+        for row, method in enumerate(methods):
+            of_method = results[results.method == method]
+            if row % 2 == 0:
+                axes.axhspan(row - 0.5, row + 0.5, color="0.95", linewidth=0)
+            means = []
+            for index, (name, group) in enumerate(sets.items()):
+                rows = of_method[of_method.ood_set == name]
+                if len(rows) == 0:
+                    continue
+                value, low, high = (rows[metric + end].mean() for end in ("", "_lo", "_hi"))
+                means.append(value)
+                y, colour = row - 0.4 + (index + 0.5) * lane, _colour(index)
+                axes.plot(
+                    [low, high], [y, y], color=colour, linewidth=1.2, solid_capstyle="butt", clip_on=False
+                )
+                if several_seeds:
+                    axes.plot(
+                        rows[metric], np.full(len(rows), y), "|", color=colour, markersize=4, clip_on=False
+                    )
+                axes.plot(value, y, **_set_marker(index, group), clip_on=False)
+            y = row - 0.4 + (lanes - 0.5) * lane
+            axes.plot(np.mean(means), y, "D", color="black", markersize=5, clip_on=False)
+        axes.set_xlabel(_metric_label(metric))
+        axes.grid(True, axis="x", color="0.85")
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+    both[0].set_xlim(left=0)
+    both[1].set_xlim(right=100)
+    both[0].set_yticks(range(len(methods)), methods)
+    handles = [
+        Line2D([], [], linestyle="", label=f"{name} ({group})", **_set_marker(index, group))
+        for index, (name, group) in enumerate(sets.items())
+    ]
+    handles.append(
+        Line2D([], [], linestyle="", marker="D", color="black", markersize=5, label="mean of the sets")
+    )
+    handles.append(Line2D([], [], color="0.3", linewidth=1.2, label="95 % interval"))
+    if several_seeds:
+        handles.append(Line2D([], [], linestyle="", marker="|", color="0.3", label="one seed"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+@_figure
+def results_heatmap(results: pd.DataFrame, metric: str = "fpr95", *, caption: str, title: str = "") -> Figure:
+    """One metric, methods x OOD sets, mean over seeds, with the means of the near, the far and all sets; best in bold.
+
+    results: the long-form table. Methods stand in the order of their mean FPR95, best first.
+    """
+    _require_results(results, [metric], metric)
+    sets = _ordered_sets(results)
+    table = wide_table(results, metric).loc[_ordered_methods(results)]
+    if len(set(sets.values())) == 1:
+        table = table.drop(columns=f"mean {next(iter(sets.values()))}")
+    values = table.to_numpy(dtype=float)
+    # a gap separates the sets from the means
+    positions = [column + (0.25 if column >= len(sets) else 0) for column in range(values.shape[1])]
+    figure = _new_figure(
+        max(0.27 * len(table) + 0.9, 1.9), caption, title, width=min(WIDTH, 2.7 + 0.75 * values.shape[1])
+    )
+    axes = figure.subplots()
+    lower_is_better = metric == "fpr95"
+    colours = colormaps["cividis_r" if lower_is_better else "cividis"]
+    norm = Normalize(np.nanmin(values), max(np.nanmax(values), np.nanmin(values) + 1e-9))
+    rounded = np.round(values, 1)
+    best = np.nanmin(rounded, axis=0) if lower_is_better else np.nanmax(rounded, axis=0)
+    for row, column in np.ndindex(values.shape):
+        value, x = values[row, column], positions[column]
+        colour = colours(norm(value)) if np.isfinite(value) else "0.9"
+        axes.add_patch(Rectangle((x - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
+        if np.isfinite(value):
+            weight = "bold" if rounded[row, column] == best[column] else "normal"
+            axes.text(
+                x,
+                row,
+                f"{value:.1f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=_ink(colour),
+                fontweight=weight,
+            )
+    axes.set(xlim=(-0.5, positions[-1] + 0.5), ylim=(len(table) - 0.5, -0.5))
+    names = [
+        textwrap.fill(name, 11) + f"\n({sets[name]})" if name in sets else name.replace(" ", "\n")
+        for name in table
+    ]
+    axes.set_xticks(positions, names)
+    axes.set_yticks(range(len(table)), table.index)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(
+        ScalarMappable(norm, colours), ax=axes, label=_metric_label(metric).replace(", ", ",\n"), pad=0.02
+    )
+    return figure
+
+
+@_figure
+def ranking(results: pd.DataFrame, metric: str = "fpr95", *, caption: str, title: str = "") -> Figure:
+    """Rank of each method on each OOD set (1 = best, ties share their mean rank), mean over seeds of the metric first.
+
+    results: the long-form table. The right end lists the methods by their mean rank.
+    """
+    _require_results(results, [metric], metric)
+    sets = _ordered_sets(results)
+    ranks = wide_table(results, metric)[list(sets)].rank(ascending=metric == "fpr95")
+    mean_rank = ranks.mean(axis=1).sort_values(kind="stable")
+    figure = _new_figure(max(0.27 * len(ranks) + 1.0, 2.2), caption, title)
+    axes = figure.subplots()
+    for place, (method, mean) in enumerate(mean_rank.items(), start=1):
+        colour = [ID_COLOUR, *COLOURS][(place - 1) % (1 + len(COLOURS))]
+        ys = [*ranks.loc[method], place]
+        axes.plot(
+            range(len(ys) - 1), ys[:-1], color=colour, marker=_marker(place - 1), markersize=7, clip_on=False
+        )
+        axes.plot(
+            [len(ys) - 2, len(ys) - 1], ys[-2:], color=colour, linestyle=":", linewidth=1, clip_on=False
+        )
+        axes.plot(len(ys) - 1, place, _marker(place - 1), color=colour, markersize=7, clip_on=False)
+        axes.annotate(
+            f"{method} ({mean:.1f})", (len(ys) - 1, place), (8, 0), textcoords="offset points", va="center"
+        )
+    axes.set_xlim(-0.2, len(sets) + 0.05)
+    axes.set_ylim(len(ranks) + 0.4, 0.6)
+    axes.set_yticks(range(1, len(ranks) + 1))
+    axes.set_xticks(
+        range(len(sets) + 1), [f"{name}\n({group})" for name, group in sets.items()] + ["order by\nmean rank"]
+    )
+    axes.set_ylabel(f"rank by {METRICS[metric][0]} (1 = best)")
+    axes.grid(True, axis="x")
+    return figure
+
+
+@_figure
+def published_comparison(results: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """Measured FPR95 and AUROC (with 95 % interval) beside the published ones, method by method and set by set.
+
+    results: the long-form table; only rows with a published value are drawn, and a message when there is none.
+    """
+    published = [f"published_{metric}" for metric in METRICS]
+    _require_results(results, ["fpr95", "fpr95_lo", "fpr95_hi", "auroc", "auroc_lo", "auroc_hi", *published])
+    numeric = results.assign(**{column: pd.to_numeric(results[column]) for column in published})
+    known = numeric[numeric[published].notna().any(axis=1)]
+    if len(known) == 0:
+        figure = _new_figure(1.4, caption, title)
+        axes = figure.subplots()
+        axes.axis("off")
+        message = "No published values for the methods and OOD sets of this experiment."
+        axes.text(0.5, 0.5, message, ha="center", va="center", transform=axes.transAxes)
+        return figure
+    sets, methods = _ordered_sets(known), _ordered_methods(known)
+    columns = [metric + end for metric in METRICS for end in ("", "_lo", "_hi")] + published
+    means = known.groupby(["method", "ood_set"])[columns].mean()
+    pairs = [(method, name) for method in methods for name in sets if (method, name) in means.index]
+    figure = _new_figure(0.17 * len(pairs) + 0.1 * len(methods) + 1.2, caption, title)
+    both = figure.subplots(1, 2, sharey=True)
+    # half a row between methods
+    rows = [index + 0.6 * methods.index(method) for index, (method, _) in enumerate(pairs)]
+    for axes, metric in zip(both, METRICS):
+        for y, pair in zip(rows, pairs):
+            row = means.loc[pair]
+            value, reference = row[metric], row[f"published_{metric}"]
+            if np.isfinite(reference):
+                axes.plot([value, reference], [y, y], color="0.8", linewidth=1, zorder=1, clip_on=False)
+                axes.plot(
+                    reference,
+                    y,
+                    "D",
+                    markerfacecolor="white",
+                    markeredgecolor="#D55E00",
+                    markersize=5,
+                    clip_on=False,
+                )
+            axes.plot(
+                [row[f"{metric}_lo"], row[f"{metric}_hi"]],
+                [y, y],
+                color=ID_COLOUR,
+                linewidth=2,
+                clip_on=False,
+            )
+            axes.plot(value, y, "o", color=ID_COLOUR, markersize=4.5, clip_on=False)
+        for place, method in enumerate(methods):
+            if place % 2 == 0:
+                own = [y for y, pair in zip(rows, pairs) if pair[0] == method]
+                axes.axhspan(own[0] - 0.8, own[-1] + 0.8, color="0.95", linewidth=0)
+        axes.set_xlabel(_metric_label(metric))
+        axes.grid(True, axis="x", color="0.85")
+        axes.set_ylim(rows[-1] + 0.8, -0.8)
+        axes.tick_params(axis="y", length=0)
+    both[0].set_xlim(left=0)
+    both[1].set_xlim(right=100)
+    both[0].set_yticks(rows, [name for _, name in pairs])
+    for method in methods:
+        own = [y for y, pair in zip(rows, pairs) if pair[0] == method]
+        both[1].annotate(
+            method,
+            (1, np.mean(own)),
+            (6, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+        )
+    handles = [
+        Line2D(
+            [], [], color=ID_COLOUR, marker="o", markersize=4.5, linewidth=2, label="measured, 95 % interval"
+        ),
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker="D",
+            markerfacecolor="none",
+            markeredgecolor="#D55E00",
+            label="published",
+        ),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
+
+
+# Building blocks
+
+
+def _new_figure(height: float, caption: str, title: str, width: float = WIDTH) -> Figure:
+    """An empty figure with the title upper left and the caption upper right, in a strip kept free of axes."""
+    lines = 2 if title and 0.083 * len(title) + 0.067 * len(caption) > width - 0.3 else 1
+    strip = 0.08 + 0.16 * lines
+    height += strip
+    figure = NotebookFigure(figsize=(width, height), dpi=110, layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - strip / height), h_pad=0.05, w_pad=0.05)
+    figure.text(0.05 / width, 1 - 0.05 / height, title, ha="left", va="top", fontsize=9.5, fontweight="bold")
+    figure.text(
+        1 - 0.05 / width,
+        1 - (0.06 + 0.17 * (lines - 1)) / height,
+        caption,
+        ha="right",
+        va="top",
+        fontsize=8,
+        color="0.4",
+    )
+    return figure
+
+
+def _panels(
+    count: int, caption: str, title: str, panel_height: float, **sharing: bool
+) -> tuple[Figure, list[Axes]]:
+    """`count` panels, up to three a row, filled row by row."""
+    columns = _columns(count)
+    rows = -(-count // columns)
+    figure = _new_figure(panel_height * rows + 0.9, caption, title, width=WIDTH if columns > 1 else 4.5)
+    grid = figure.subplots(rows, columns, squeeze=False, **sharing).ravel()
+    for axes in grid[count:]:
+        axes.remove()
+    return figure, list(grid[:count])
+
+
+def _columns(count: int) -> int:
+    return 2 if count in (2, 4) else min(count, 3)
+
+
+def _label_outer(all_axes: Sequence[Axes], x: str, y: str) -> None:
+    """Axis names at the left and below the last row; numbers at the lowest panel of each column."""
+    columns, count = _columns(len(all_axes)), len(all_axes)
+    for index, axes in enumerate(all_axes):
+        axes.tick_params(labelbottom=index + columns >= count)
+        if index // columns == (count - 1) // columns:
+            axes.set_xlabel(x, fontsize=8)
+        if index % columns == 0:
+            axes.set_ylabel(y)
+
+
+def _array(values: Any) -> np.ndarray:
+    """A numpy array of an array or a tensor on any device."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]
+
+
+def _set_marker(index: int, group: str) -> dict[str, Any]:
+    """Near sets have open markers, far sets filled ones."""
+    face = "white" if group == "near" else _colour(index)
+    return {
+        "marker": _marker(index),
+        "color": _colour(index),
+        "markerfacecolor": face,
+        "markersize": 4.2,
+        "markeredgewidth": 1.1,
+    }
+
+
+def _dot(colour: str, marker: str, label: str) -> Line2D:
+    return Line2D([], [], linestyle="", marker=marker, color=colour, markersize=5, label=label)
+
+
+def _ood_entry(sets: Mapping[str, Any], marker: str = "s") -> tuple[str, str, str]:
+    """Colour, marker and words for the OOD sets in a legend: one set by its name, several by their panels."""
+    return (_colour(0), marker, next(iter(sets))) if len(sets) == 1 else ("0.3", marker, "other colours: OOD")
+
+
+def _set_title(name: str, groups: Mapping[str, str] | None, separator: str = " ") -> str:
+    return f"{name}{separator}({groups[name]})" if groups and name in groups else name
+
+
+def _evenly(count: int, at_most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(int))
+
+
+def _trim(values: np.ndarray) -> np.ndarray:
+    """Without the outermost half percent at each end, which would flatten a violin."""
+    low, high = np.percentile(values, [0.5, 99.5])
+    kept = values[(values >= low) & (values <= high)]
+    # the density of a constant does not exist
+    return kept if np.ptp(kept) > 0 else kept + np.linspace(-1e-6, 1e-6, len(kept))
+
+
+def _bins(samples: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """Common bin edges over the central 99 % of every sample."""
+    low = min(np.percentile(sample, 0.5) for sample in samples)
+    high = max(np.percentile(sample, 99.5) for sample in samples)
+    margin = 0.02 * (high - low)
+    # no bin beyond the extremes: a softmax probability ends at 1
+    low, high = max(low - margin, min(map(np.min, samples))), min(high + margin, max(map(np.max, samples)))
+    return np.linspace(low, high, count + 1) if high > low else np.linspace(low - 0.5, low + 0.5, count + 1)
+
+
+def _histogram(axes: Axes, scores: np.ndarray, bins: np.ndarray, colour: str) -> None:
+    weights = np.full(len(scores), 100 / len(scores))
+    axes.hist(scores, bins, weights=weights, histtype="stepfilled", facecolor=colour, alpha=0.5)
+    axes.hist(scores, bins, weights=weights, histtype="step", edgecolor=colour, linewidth=1)
+
+
+def _roc(id_scores: np.ndarray, ood_scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """FPR and TPR in percent at each distinct score from the highest down, from (0, 0)."""
+    thresholds = np.unique(np.concatenate([id_scores, ood_scores]))[::-1]
+    rates = []
+    for scores in (ood_scores, id_scores):
+        below = np.searchsorted(np.sort(scores), thresholds, side="left")
+        rates.append(np.concatenate([[0.0], 100 * (len(scores) - below) / len(scores)]))
+    return rates[0], rates[1]
+
+
+def _logsumexp(logits: np.ndarray) -> np.ndarray:
+    largest = logits.max(axis=1)
+    return largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
+
+
+def _feature_order(values: np.ndarray) -> np.ndarray:
+    """Features by the class with their largest value, within a class by that value, largest first."""
+    return np.lexsort((-values.max(axis=0), values.argmax(axis=0)))
+
+
+def _limit(values: np.ndarray) -> float:
+    return float(max(np.nanpercentile(np.abs(values), 99.5), 1e-12))
+
+
+def _with_grey(name: str) -> Any:
+    return colormaps[name].with_extremes(bad="0.7")
+
+
+def _class_height(count: int) -> float:
+    return float(np.clip(0.2 * count, 0.8, 4.0))
+
+
+def _class_image(
+    figure: Figure,
+    axes: Axes,
+    values: np.ndarray,
+    class_names: Sequence[str] | None,
+    label: str,
+    limit: float,
+    one_sided: bool = False,
+) -> None:
+    """values [C, D] as colours with a colour bar; NaN is grey."""
+    norm = Normalize(0, limit) if one_sided else TwoSlopeNorm(0, -limit, limit)
+    cmap = _with_grey("viridis" if one_sided else "RdBu_r")
+    image = _rows_image(axes, values, cmap=cmap, norm=norm)
+    figure.colorbar(image, ax=axes, label=label, extend="max" if one_sided else "both", pad=0.02)
+    _class_ticks(axes.yaxis, class_names, len(values), "class")
+
+
+def _rows_image(axes: Axes, values: np.ndarray, **colours: Any) -> Any:
+    """values [C, D] as an image with sharp rows, whose columns are averaged (as colours) where pixels are fewer."""
+    height, width = values.shape
+    # the smoothing works in both directions; on repeated rows it stays invisible between the classes
+    repeated = np.repeat(values, -(-400 // height), axis=0)
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    return axes.imshow(repeated, aspect="auto", extent=extent, interpolation_stage="rgba", **colours)
+
+
+def _class_ticks(axis: Any, class_names: Sequence[str] | None, count: int, label: str) -> None:
+    """Class names up to 25 classes, otherwise some class numbers."""
+    if class_names is not None and len(class_names) != count:
+        raise InputError(f"Found {len(class_names)} class names, expected {count}; pass one name per class.")
+    axis.set_label_text(f"{label} (number)" if label and count > 25 else label)
+    if count > 25:
+        axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+        return
+    names = [str(name) for name in (class_names if class_names is not None else range(count))]
+    axis.set_ticks(range(count), names)
+    if axis.axis_name == "x" and max(map(len, names)) > 2:
+        axis.set_tick_params(rotation=90)
+
+
+def _ink(colour: Any) -> str:
+    """Black or white, whichever contrasts more with the colour (WCAG relative luminance)."""
+    luminance = np.dot(np.power(to_rgb(colour), 2.2), [0.2126, 0.7152, 0.0722])
+    return "black" if luminance > 0.18 else "white"
+
+
+def _write_values(axes: Axes, image: Any, values: np.ndarray, form: str, skip_zero: bool = False) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value) and not (skip_zero and value == 0):
+            colour = _ink(image.cmap(image.norm(value)))
+            axes.text(column, row, form.format(value), ha="center", va="center", fontsize=8, color=colour)
+
+
+def _metric_label(metric: str) -> str:
+    name, direction = METRICS[metric]
+    return f"{name} (%), {direction}"
+
+
+def _ordered_sets(results: pd.DataFrame) -> dict[str, str]:
+    """OOD set -> group; the near sets first."""
+    groups = dict(zip(results.ood_set, results.group))
+    return dict(sorted(groups.items(), key=lambda item: item[1] != "near"))
+
+
+def _ordered_methods(results: pd.DataFrame) -> list[str]:
+    """Methods by their mean FPR95 over the sets, best first."""
+    by_set = results.groupby(["method", "ood_set"], sort=False).fpr95.mean()
+    return by_set.groupby("method", sort=False).mean().sort_values(kind="stable").index.to_list()
+
+
+def _require(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
+    missing = [column for column in columns if column not in table]
+    if missing or len(table) == 0:
+        found = f"no column {', '.join(missing)}" if missing else "no rows"
+        raise InputError(
+            f"The {what} has {found}, expected {', '.join(columns)} in at least one row; run the stage that writes it."
+        )
+
+
+def _require_results(results: pd.DataFrame, columns: Sequence[str], metric: str = "fpr95") -> None:
+    if metric not in METRICS:
+        raise InputError(f"There is no figure of {metric!r}; {nearest(metric, METRICS)}")
+    _require(results, ["method", "ood_set", "group", "fpr95", *columns], "results table")
+    if "experiment" in results and results.experiment.nunique() > 1:
+        names = ", ".join(map(str, results.experiment.unique()))
+        raise InputError(
+            f"The results mix the experiments {names}, expected one; select the rows of one of them."
+        )

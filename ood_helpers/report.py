@@ -1,0 +1,115 @@
+"""What a run leaves to read and to check: report.html and manifest.json."""
+
+import base64
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+import yaml
+
+from ood_helpers.config import PROJECT_ROOT, resolve_path
+from ood_helpers.files import sha256_of_file, write_json, write_text
+from ood_helpers.pipeline import Experiment
+from ood_helpers.results import METRICS, describe_table, read_results, wide_table
+from ood_helpers.runner import Outcome, Task
+
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pandas", "matplotlib", "safetensors", "papermill", "pydantic")
+
+
+def write_manifest(
+    experiment: Experiment, parameters: dict, seeds: list[int], outcomes: dict[str, Outcome]
+) -> dict:
+    """Write manifest.json beside results.csv and beside the figures; the data root appears as ${data_root}.
+
+    It holds parameters, config, versions, git commit, hashes of image sets, weights and banks of each seed,
+    the SHA-256 of every figure and table, and what became of each notebook.
+    """
+    figures = experiment.figures_root / experiment.config.name
+    manifest = {
+        "experiment": experiment.config.name,
+        "seeds": seeds,
+        "parameters": {key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")},
+        "config": experiment.config.model_dump(mode="json", exclude_none=True),
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": f"{platform.system()} {platform.machine()}, {experiment.device}",
+        "git_commit": _git_commit(),
+        "inputs": {f"seed{seed}": experiment.with_seed(seed).record() for seed in seeds},
+        "outputs": {
+            path.relative_to(figures).as_posix(): sha256_of_file(path)
+            for path in sorted(figures.rglob("*"))
+            if path.is_file() and path.name != "manifest.json"
+        },
+        "notebooks": {name: {"status": outcome.status, "error": outcome.error} for name, outcome in outcomes.items()},
+    }
+    text = json.dumps(manifest)
+    for root, name in (
+        (str(resolve_path(parameters.get("data_root") or "data")), "${data_root}"),
+        (str(experiment.run_dir), "${run_dir}"),
+        (str(PROJECT_ROOT), "${project}"),
+    ):
+        text = text.replace(json.dumps(root)[1:-1], name)
+    manifest = json.loads(text)
+    write_json(experiment.directory / "manifest.json", manifest)
+    write_json(figures / "manifest.json", manifest)
+    return manifest
+
+
+def _git_commit() -> str:
+    try:
+        command = ["git", "-C", str(PROJECT_ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_report(
+    experiment: Experiment, manifest: dict, tasks: list[Task], outcomes: dict[str, Outcome]
+) -> Path:
+    """Write report.html: results, figures (embedded), settings and links to the executed notebooks."""
+    results_path = experiment.directory / "results.csv"
+    figures: dict[str, list[dict]] = {}
+    for task in sorted(tasks, key=lambda task: (task.notebook.stem != "30_results", task.name)):
+        for name in outcomes[task.name].outputs:
+            path = experiment.figures_root / name
+            if path.suffix == ".png" and path.exists():
+                picture = {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode()}
+                figures.setdefault(task.name, []).append(picture)
+    tables = []
+    if results_path.exists():
+        results = read_results(results_path)
+        for metric in METRICS:
+            tables.append({"html": _html_table(results, metric), "text": describe_table(results, metric, experiment.missing)})
+    published = experiment.config.published
+    page = (
+        jinja2.Environment(autoescape=True)
+        .from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+        .render(
+            config=experiment.config,
+            manifest=manifest,
+            settings=yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True),
+            tables=tables,
+            figures=figures,
+            tasks=tasks,
+            outcomes=outcomes,
+            missing=experiment.missing,
+            published_note=published.note if published else "",
+            sets=experiment.describe_image_sets().drop(columns="source").to_html(index=False, border=0),
+        )
+    )
+    path = experiment.directory / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _html_table(results: pd.DataFrame, metric: str) -> str:
+    """The wide table with its intervals; the best of a column in bold."""
+    table = wide_table(results, metric)
+    rounded = table.round(1)
+    best = rounded.eq(rounded.min() if metric == "fpr95" else rounded.max())
+    styler = table.style.format("{:.1f}").apply(lambda _: best.map({True: "font-weight: bold", False: ""}.get), axis=None)
+    styler.index.name = None
+    return styler.to_html()

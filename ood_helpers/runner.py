@@ -1,0 +1,239 @@
+"""Running the notebooks headlessly: which, in which order, with which parameters, and what is up to date.
+
+A notebook says in its metadata what it needs: {"ood": {"needs": ["03_precompute"], "per_seed": true}}.
+Papermill executes it into runs/<experiment>/notebooks/; a record beside it holds the fingerprint of all it
+depends on (its cells, its parameters, the config, the package, the image sets), so a second run executes
+only what changed.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbconvert import HTMLExporter
+from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+
+from ood_helpers.config import PROJECT_ROOT
+from ood_helpers.errors import InputError, nearest
+from ood_helpers.files import sha256_of_file, sha256_of_json, write_json, write_text
+from ood_helpers.pipeline import Experiment
+
+NOTEBOOKS = PROJECT_ROOT / "notebooks"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One notebook with one seed (or with all seeds, where the notebook is not `per_seed`)."""
+
+    name: str
+    notebook: Path
+    seed: int
+    needs: tuple[str, ...]
+    per_seed: bool
+
+
+@dataclass
+class Outcome:
+    """What became of a task: `done`, `up to date`, `failed` (with the cell and the error) or `skipped`."""
+
+    status: str
+    seconds: float = 0.0
+    error: str = ""
+    outputs: list[str] = field(default_factory=list)
+
+
+Report = Callable[[Task, str, float], None]  # task, what it is doing, share done
+
+
+def notebook_names() -> list[str]:
+    """The numbered notebooks, in order."""
+    return sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def plan(seeds: Iterable[int], only: Iterable[str] | None = None) -> list[Task]:
+    """The tasks of a run in dependency order.
+
+    Raises
+    ------
+    InputError : `only` names a notebook that does not exist
+    """
+    names, seeds = notebook_names(), list(seeds)
+    for name in only or ():
+        if name not in names:
+            raise InputError(f"No notebook {name!r} in notebooks/; {nearest(name, names)}")
+    tasks: list[Task] = []
+    for name in names:
+        if only and name not in only:
+            continue
+        about = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).metadata.get("ood", {})
+        per_seed = about.get("per_seed", False)
+        for seed in seeds if per_seed else seeds[:1]:
+            needs = [
+                task.name for task in tasks if task.notebook.stem in about.get("needs", ()) and _meets(task, per_seed, seed)
+            ]
+            suffix = f".seed{seed}" if per_seed and len(seeds) > 1 else ""
+            tasks.append(Task(name + suffix, NOTEBOOKS / f"{name}.ipynb", seed, tuple(needs), per_seed))
+    return tasks
+
+
+def _meets(task: Task, per_seed: bool, seed: int) -> bool:
+    return not per_seed or not task.per_seed or task.seed == seed
+
+
+class _ReportingEngine(NBClientEngine):
+    """Papermill's own engine, telling a callback which cell has begun."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, report_cell=None, **kwargs):
+        begin, total = nb_man.cell_start, len(nb_man.nb.cells)
+
+        def cell_start(cell, cell_index=None, **more):
+            report_cell(cell_index or 0, total)
+            return begin(cell, cell_index, **more)
+
+        nb_man.cell_start = cell_start
+        return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+
+papermill_engines.register("reporting", _ReportingEngine)
+
+
+class _LastLine:
+    """A stream that hands its latest line on: the progress bars of a running cell."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self.report = report
+
+    def write(self, text: str) -> None:
+        lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+        if lines:
+            self.report(lines[-1])
+
+    def flush(self) -> None:
+        pass
+
+
+class Runner:
+    """Runs the notebooks of one experiment.
+
+    `parameters` are the experiment-wide parameters of every notebook (experiment, data_root, run_dir, ...).
+    """
+
+    def __init__(self, experiment: Experiment, parameters: dict, seeds: list[int], tasks: list[Task]) -> None:
+        self.experiment, self.parameters, self.seeds, self.tasks = experiment, parameters, seeds, tasks
+        self.directory = experiment.directory / "notebooks"
+        code = {str(path): sha256_of_file(path) for path in sorted((PROJECT_ROOT / "ood_helpers").rglob("*.py"))}
+        images = {name: item.fingerprint for name, item in sorted(experiment._image_sets.items())}
+        settings = {key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")}
+        self._common = [sorted(code.values()), images, settings, experiment.config.model_dump(mode="json")]
+
+    def fingerprint(self, task: Task) -> str:
+        """SHA-256 over everything the executed notebook depends on."""
+        notebook = nbformat.read(task.notebook, as_version=4)
+        cells = [cell.source for cell in notebook.cells]
+        return sha256_of_json([cells, self._task_parameters(task), self._common])
+
+    def _task_parameters(self, task: Task) -> dict:
+        return {"seed": task.seed} if task.per_seed else {"seeds": self.seeds, "seed": self.seeds[0]}
+
+    def executed(self, task: Task) -> Path:
+        """Where the executed notebook goes."""
+        return self.directory / f"{task.name}.ipynb"
+
+    def _figures(self, task: Task) -> list[str]:
+        folder = self.experiment.with_seed(task.seed).figures_directory
+        return sorted(path.relative_to(self.experiment.figures_root).as_posix() for path in folder.glob(f"{task.notebook.stem}_*"))
+
+    def up_to_date(self, task: Task) -> bool:
+        """Whether the executed notebook and its figures are there under the present fingerprint."""
+        record = self.executed(task).with_suffix(".json")
+        if not (record.exists() and self.executed(task).exists()):
+            return False
+        kept = json.loads(record.read_text())
+        outputs = all((self.experiment.figures_root / name).exists() for name in kept["outputs"])
+        results = not task.notebook.stem.startswith("30_") or (self.experiment.directory / "results.csv").exists()
+        return kept["fingerprint"] == self.fingerprint(task) and outputs and results
+
+    def run(self, jobs: int, force: bool, report: Report, finish: Callable[[Task, Outcome], None]) -> dict[str, Outcome]:
+        """Run all tasks, `jobs` at a time where they are independent; a failure stops only what needs it."""
+        outcomes: dict[str, Outcome] = {}
+        waiting, running = list(self.tasks), {}
+        pool = ThreadPoolExecutor(jobs)
+        try:
+            while waiting or running:
+                for task in list(waiting):
+                    states = [outcomes[need].status if need in outcomes else "waiting" for need in task.needs]
+                    if any(state in ("failed", "skipped") for state in states):
+                        broken = [n for n in task.needs if n in outcomes and outcomes[n].status in ("failed", "skipped")]
+                        outcomes[task.name] = Outcome("skipped", error=f"it needs {', '.join(broken)}")
+                    elif "waiting" in states or len(running) >= jobs:
+                        continue
+                    elif not force and self.up_to_date(task):
+                        kept = json.loads(self.executed(task).with_suffix(".json").read_text())
+                        outcomes[task.name] = Outcome("up to date", kept["seconds"], outputs=kept["outputs"])
+                    else:
+                        running[pool.submit(self._execute, task, report)] = task
+                        waiting.remove(task)
+                        continue
+                    waiting.remove(task)
+                    finish(task, outcomes[task.name])
+                if running:
+                    ended: set[Future] = wait(running, return_when=FIRST_COMPLETED)[0]
+                    for future in ended:
+                        task = running.pop(future)
+                        outcomes[task.name] = future.result()
+                        finish(task, outcomes[task.name])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return {task.name: outcomes[task.name] for task in self.tasks}
+
+    def _execute(self, task: Task, report: Report) -> Outcome:
+        output = self.executed(task)
+        begin, share = time.perf_counter(), 0.0
+        output.parent.mkdir(parents=True, exist_ok=True)
+        running = output.with_suffix(".running.ipynb")
+
+        def report_cell(index: int, total: int) -> None:
+            nonlocal share
+            share = index / total
+            report(task, f"cell {index + 1}/{total}", share)
+
+        fingerprint = self.fingerprint(task)
+        try:
+            papermill.execute_notebook(
+                task.notebook,
+                running,
+                parameters=self.parameters | self._task_parameters(task),
+                engine_name="reporting",
+                kernel_name="python3",
+                cwd=PROJECT_ROOT,
+                progress_bar=False,
+                report_cell=report_cell,
+                stderr_file=_LastLine(lambda line: report(task, line, share)),
+                coalesce_streams=True,
+            )
+        except PapermillExecutionError as error:
+            failed = output.with_suffix(".failed.ipynb")
+            os.replace(running, failed)
+            seconds = time.perf_counter() - begin
+            message = f"cell {error.cell_index}: {error.ename}: {error.evalue}"
+            return Outcome("failed", seconds, f"{message} (see {failed})")
+        except Exception as error:
+            return Outcome("failed", time.perf_counter() - begin, f"{type(error).__name__}: {error}")
+        os.replace(running, output)
+        output.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+        page = HTMLExporter().from_filename(str(output))[0]
+        write_text(output.with_suffix(".html"), page)
+        outcome = Outcome("done", round(time.perf_counter() - begin, 1), outputs=self._figures(task))
+        record = {"fingerprint": fingerprint, "seconds": outcome.seconds, "outputs": outcome.outputs}
+        write_json(output.with_suffix(".json"), record)
+        return outcome
+
+

@@ -1,0 +1,334 @@
+"""What holds for every detector, and the registry."""
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from detector_examples import cast, make_bank, random_problem, split
+from numpy.testing import assert_allclose, assert_array_equal
+
+from ood_helpers.detectors import (
+    DETECTORS,
+    DICE,
+    MSP,
+    Detector,
+    Energy,
+    HIMPLoS,
+    LINe,
+    ReAct,
+    create,
+    create_all,
+)
+from ood_helpers.errors import InputError
+from ood_helpers.features import FeatureBank, Head
+
+every_detector = pytest.mark.parametrize("name", DETECTORS)
+
+
+@every_detector
+def test_shards_and_the_whole_bank_give_the_same_scores(name):
+    train, head, bank = random_problem(7, 30, 41)
+    expected = create(name).fit(train, head).score_samples(bank)
+    assert expected.shape == (41,)
+    scores = create(name).fit(split(train, 1, 20, 14), head).score_samples(split(bank, 1, 30, 10))
+    assert_allclose(scores, expected, atol=1e-12)
+
+
+@every_detector
+def test_float32_agrees_with_float64(name):
+    train, head, bank = random_problem(10, 342, 200)
+    expected = create(name).fit(train, head).score_samples(bank)
+    single = create(name).fit(cast(train, torch.float32), head.to(torch.float32))
+    scores = single.score_samples(cast(bank, torch.float32))
+    assert scores.dtype == (torch.float64 if name == "msp" else torch.float32)
+    assert_allclose(scores, expected, rtol=2e-5, atol=2e-5)
+    # The bank's dtype decides, not that of what was fitted.
+    assert create(name).fit(train, head).score_samples(cast(bank, torch.float32)).dtype == scores.dtype
+
+
+CHANGES = {
+    "energy": {"temperature": 2.0},
+    "react": {"percentile": 60.0},
+    "dice": {"percentile": 50.0},
+    "himplos": {"percentile": 20.0, "clip": 0.5, "masking": False, "smoothing": False, "temperature": 3.0},
+    "line": {"delta": 0.5, "activation_percentile": 30.0, "weight_percentile": 40.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"), [(n, f, v) for n, c in CHANGES.items() for f, v in c.items()]
+)
+def test_a_field_changed_after_fit_changes_the_score_at_once(name, field, value):
+    train, head, bank = random_problem(7, 30, 20)
+    detector = create(name).fit(train, head)
+    before = detector.score_samples(bank)
+    original = getattr(detector, field)
+    setattr(detector, field, value)
+    fresh = create(name, **{field: value}).fit(train, head).score_samples(bank)
+    assert_allclose(detector.score_samples(bank), fresh, atol=0)
+    assert (fresh - before).abs().max() > 1e-3
+    setattr(detector, field, original)
+    assert_allclose(detector.score_samples(bank), before, atol=0)
+
+
+def test_every_hyperparameter_is_in_the_test_above():
+    for name in DETECTORS:
+        tested = {*CHANGES.get(name, ()), *(["clip"] if name == "react" else [])}
+        assert tested == set(create(name).hyperparameters()), name
+
+
+@every_detector
+def test_fitting_again_forgets_the_first_fit(name):
+    train, head, bank = random_problem(7, 30, 20, seed=1)
+    other_train, other_head, other_bank = random_problem(5, 12, 9, seed=2)
+    detector = create(name).fit(train, head)
+    detector.score_samples(bank)
+    expected = create(name).fit(other_train, other_head).score_samples(other_bank)
+    assert_allclose(detector.fit(other_train, other_head).score_samples(other_bank), expected, atol=0)
+
+
+@every_detector
+def test_nan_and_infinite_input_is_named(name, train_bank, head, bank):
+    detector = create(name).fit(train_bank, head)
+    features = torch.cat([bank.features, bank.features])
+    features[5, 1], features[6] = torch.nan, torch.inf
+    bad = FeatureBank(features, torch.cat([bank.logits, bank.logits]))
+    message = rf"{detector.title}: 2 of samples 3 to 7 have NaN or infinite features \(first: sample 5\)"
+    with pytest.raises(InputError, match=message):
+        detector.score_samples(split(bad, 3, 5))
+    with pytest.raises(
+        InputError, match=r"1 of samples 0 to 3 have NaN or infinite logits \(first: sample 3\)"
+    ):
+        logits = bank.logits.clone()
+        logits[3, 0] = torch.nan
+        detector.score_samples(FeatureBank(bank.features, logits))
+
+
+def test_features_whose_sum_overflows_are_finite(head, train_bank):
+    """The fast check adds the features up; float32 overflow there must not be taken for infinite features."""
+    features = torch.full((4, 4), 2e38)
+    bank = FeatureBank(features, torch.zeros(4, 3))
+    assert create("max_logit").fit(train_bank, head).score_samples(bank).tolist() == [0, 0, 0, 0]
+
+
+def test_infinite_scores_are_an_error(train_bank, head, bank):
+    class Unbounded(Detector):
+        title = "Unbounded"
+
+        def _score(self, shard):
+            return shard.logits[:, 0] / 0
+
+    with pytest.raises(InputError, match="Unbounded: 4 of samples 0 to 3 have NaN or infinite scores"):
+        Unbounded().fit(train_bank, head).score_samples(bank)
+
+
+@pytest.mark.parametrize("name", ["react", "dice", "himplos", "line"])
+def test_nan_in_the_training_features_is_named(name, train_bank, head):
+    train_bank.features[1, 2] = torch.nan
+    with pytest.raises(InputError, match=r"NaN or infinite training features \(first: sample 1\)"):
+        create(name).fit(train_bank, head)
+
+
+@every_detector
+def test_not_fitted(name, bank):
+    detector = create(name)
+    with pytest.raises(InputError, match=f"{detector.title} is not fitted"):
+        detector.score_samples(bank)
+    with pytest.raises(InputError, match="is not fitted"):
+        detector.predict(bank, 0.0)
+
+
+def test_helpers_of_an_unfitted_detector(bank):
+    for call in (
+        HIMPLoS().mask,
+        LINe().activation_mask,
+        LINe().weight_thresholds,
+        DICE().mask,
+        ReAct().clip_value,
+    ):
+        with pytest.raises(InputError, match="is not fitted"):
+            call()
+    with pytest.raises(InputError, match="is not fitted"):
+        LINe().pruned_logits(bank)
+
+
+@every_detector
+def test_sizes_that_do_not_match(name, train_bank, head, bank):
+    narrow = FeatureBank(bank.features[:, :3], bank.logits)
+    with pytest.raises(InputError, match="3 features and 3 logits a sample, the head 4 and 3"):
+        create(name).fit(train_bank, head).score_samples(narrow)
+    with pytest.raises(InputError, match="4 features and 2 logits"):
+        create(name).fit(train_bank, head).score_samples(FeatureBank(bank.features, bank.logits[:, :2]))
+    with pytest.raises(InputError, match="the head 4 and 2"):
+        create(name).fit(train_bank, Head(head.weight[:2], head.bias[:2]))
+
+
+@pytest.mark.parametrize("name", ["himplos", "line"])
+def test_class_means_need_images_of_every_class(name, train_bank, head):
+    labels = torch.tensor([0, 0, 2])
+    with pytest.raises(
+        InputError, match="no training image of class 1, expected at least one of each of the 3 classes"
+    ):
+        create(name).fit(FeatureBank(train_bank.features, train_bank.logits, labels), head)
+    with pytest.raises(InputError, match="no labels"):
+        create(name).fit(FeatureBank(train_bank.features, train_bank.logits), head)
+
+
+def test_an_empty_training_bank(head):
+    empty = FeatureBank(torch.zeros(0, 4), torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(InputError, match="training bank has no samples"):
+        DICE().fit(empty, head)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "expected"),
+    [
+        ("energy", "temperature", 0, "a number above 0"),
+        ("energy", "temperature", float("nan"), "a number above 0"),
+        ("react", "percentile", 101, "a number from 0 to 100 or None"),
+        ("react", "clip", -1.0, "a number above 0 or None"),
+        ("dice", "percentile", "90", "a number from 0 to 100"),
+        ("dice", "percentile", None, "a number from 0 to 100"),
+        ("himplos", "percentile", -0.1, "a number from 0 to 100"),
+        ("himplos", "clip", 0, "a number above 0 or None"),
+        ("himplos", "masking", "yes", "True or False"),
+        ("himplos", "smoothing", 1, "True or False"),
+        ("himplos", "temperature", True, "a number above 0"),
+        ("line", "delta", 0, "a number above 0 or None"),
+        ("line", "activation_percentile", 100.5, "a number from 0 to 100 or None"),
+        ("line", "weight_percentile", float("inf"), "a number from 0 to 100 or None"),
+    ],
+)
+def test_hyperparameters_out_of_range(name, field, value, expected, train_bank, head, bank):
+    settings = {field: value}
+    with pytest.raises(InputError) as error:
+        create(name, **settings)
+    assert str(error.value).startswith(f"{DETECTORS[name].title}: {field} is {value!r}, expected {expected}")
+    detector = create(name, **({"clip": 1.0} if field == "clip" else {})).fit(train_bank, head)
+    setattr(detector, field, value)
+    with pytest.raises(InputError):
+        detector.score_samples(bank)
+
+
+@every_detector
+def test_scoring_leaves_everything_as_it_was(name):
+    train, head, bank = random_problem(4, 20, 15)
+    before = [
+        tensor.clone() for tensor in (train.features, head.weight, head.bias, bank.features, bank.logits)
+    ]
+    create(name).fit(train, head).score_samples(bank)
+    for tensor, copy in zip(
+        (train.features, head.weight, head.bias, bank.features, bank.logits), before, strict=True
+    ):
+        assert_array_equal(tensor, copy)
+
+
+@every_detector
+def test_a_head_that_requires_gradients(name):
+    train, head, bank = random_problem(4, 20, 15)
+    tracked = Head(head.weight.clone().requires_grad_(), head.bias.clone().requires_grad_())
+    scores = create(name).fit(train, tracked).score_samples(bank)
+    assert not scores.requires_grad
+    assert_allclose(scores, create(name).fit(train, head).score_samples(bank), atol=0)
+
+
+def test_threshold_and_predict():
+    train, head, bank = random_problem(4, 20, 40)
+    detector = Energy().fit(train, head)
+    scores = detector.score_samples(bank)
+    threshold = detector.threshold(scores, tpr=0.75)
+    assert threshold == float(scores.sort(descending=True).values[29])
+    predicted = detector.predict(bank, threshold)
+    assert_array_equal(predicted, np.where(scores.numpy() >= threshold, 1, -1))
+    assert (predicted == 1).sum() == 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sample_at_the_threshold_is_accepted(dtype):
+    train, head, bank = random_problem(4, 20, 40)
+    bank, detector = cast(bank, dtype), LINe().fit(train, head)
+    threshold = detector.threshold(detector.score_samples(bank), tpr=0.5)
+    assert (detector.predict(bank, threshold) == 1).sum() == 20
+
+
+@every_detector
+def test_hyperparameters_survive_json(name):
+    detector = create(name)
+    stored = json.loads(json.dumps(detector.hyperparameters()))
+    assert create(name, **stored) == detector
+    assert detector.title and detector.source
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(InputError, match="no detector 'himpls'; did you mean 'himplos'"):
+        create("himpls")
+    with pytest.raises(InputError, match="valid names: dice, energy, himplos"):
+        create("x")
+    with pytest.raises(
+        InputError, match="'line' has no hyper-parameter 'weight_percentil'; did you mean 'weight_percentile'"
+    ):
+        create("line", weight_percentil=10)
+    with pytest.raises(InputError, match="'msp' has no hyper-parameter 'temperature'; it has none"):
+        create("msp", temperature=2)
+
+
+def test_create_all_reads_rows():
+    rows = create_all(
+        {
+            "msp": {},
+            "himplos": {"percentile": 50},
+            "him_only": {"detector": "himplos", "smoothing": False, "label": "HIM only"},
+        }
+    )
+    assert list(rows) == ["msp", "himplos", "him_only"]
+    assert [detector.label for detector in rows.values()] == ["MSP", "HIMPLoS", "HIM only"]
+    assert rows["himplos"] == HIMPLoS(percentile=50)
+    assert rows["him_only"] == HIMPLoS(smoothing=False)
+
+
+def test_create_all_names_the_row_of_an_error():
+    with pytest.raises(InputError, match=r"detectors\.him_only: There is no detector 'him_only'"):
+        create_all({"him_only": {"smoothing": False}})
+    with pytest.raises(InputError, match=r"detectors\.dice: DICE: percentile is 900"):
+        create_all({"dice": {"percentile": 900}})
+    with pytest.raises(InputError, match="'line' and 'line_10' have the same label 'LINe'"):
+        create_all({"line": {}, "line_10": {"detector": "line", "weight_percentile": 10}})
+
+
+def test_a_method_of_ones_own(monkeypatch, train_bank, head, bank):
+    @dataclass
+    class Norm(Detector):
+        """L_p norm of the feature."""
+
+        order: float = 2.0
+        title: ClassVar[str] = "Norm"
+
+        def _check(self):
+            self._check_number("order", 1, 10)
+
+        def _score(self, shard):
+            return shard.features.norm(p=self.order, dim=1)
+
+    monkeypatch.setitem(DETECTORS, "norm", Norm)
+    detector = create_all({"norm": {"order": 1}})["norm"].fit(train_bank, head)
+    assert_allclose(detector.score_samples(bank), bank.features.sum(1), atol=1e-12)
+    assert detector.label == "Norm" and detector.hyperparameters() == {"order": 1}
+    with pytest.raises(InputError, match="Norm: order is 0, expected a number from 1 to 10"):
+        create("norm", order=0)
+
+
+def test_a_detector_made_by_hand_has_its_title_as_label():
+    assert MSP().label == "MSP"
+
+
+def test_a_sample_alone_scores_as_in_company():
+    train, head, bank = random_problem(7, 342, 8)
+    for name in DETECTORS:
+        detector = create(name).fit(train, head)
+        alone = torch.cat(
+            [detector.score_samples(make_bank(bank.features[i : i + 1], head)) for i in range(8)]
+        )
+        assert_allclose(alone, detector.score_samples(bank), atol=1e-12)

@@ -1,0 +1,257 @@
+"""Metrics against the hand-made vectors, scikit-learn and plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+from ood_helpers import metrics
+from ood_helpers.errors import InputError
+
+HUNDRED = range(1, 101)
+THIRTY = range(1, 31)
+TWENTY = range(1, 21)
+
+# id scores, ood scores, auroc, aupr_in, aupr_out, fpr95 by the "oe" rule, exact fpr95
+VECTORS = {
+    "M1": ([0.9, 0.8, 0.7, 0.6], [0.65, 0.5, 0.4], 0.916667, 0.95, 0.916667, 0.333333, 0.333333),
+    "M2": (np.arange(20, 0, -1) / 20, [0.99, 0.12, 0.08, 0.07, 0.03], 0.77, 0.884518, 0.658333, 0.8, 0.4),
+    "M3": (np.arange(10, 0, -1) / 10, [0.95, 0.25, 0.15, 0.05], 0.7, 0.825844, 0.643590, 0.75, 0.75),
+    "M4": ([0.9, 0.9, 0.5, 0.5, 0.3], [0.9, 0.5, 0.2, 0.2], 0.7, 0.676190, 0.736111, 0.5, 0.5),
+    "M5": ([0.5] * 4, [0.5] * 2, 0.5, 0.666667, 0.333333, 1, 1),
+    "M6": ([3, 4, 5], [0, 1], 1, 1, 1, 0, 0),
+    "M7": ([0, 1], [3, 4, 5], 0, 0.325, 0.477778, 1, 1),
+    "M8": (THIRTY, [1.5, 2.5, 3.5, 40], 0.7, 0.893159, 0.404412, 0.75, 0.75),
+    "M9": (HUNDRED, [5.5, 6.5, 4.5, 99.5, -1], 0.772, 0.961566, 0.431282, 0.6, 0.4),
+    "V6 A": (range(20, 0, -1), [15.5, 10.5, 2.5, 1.5, 0.5], 0.72, 0.906902, 0.560476, 0.8, 0.6),
+    "V6 B": (range(15, 0, -1), [12.5, 3.5, 1, 0.5], 0.741667, 0.898547, 0.604167, 0.5, 0.75),
+    "V6 C": ([0.9, 0.8, 0.8, 0.7], [0.8, 0.6, 0.6], 0.833333, 0.825, 0.833333, 0.333333, 0.333333),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors(name):
+    id_scores, ood_scores, auroc, aupr_in, aupr_out, oe, exact = VECTORS[name]
+    id_scores, ood_scores = list(id_scores), list(ood_scores)
+    assert metrics.auroc(id_scores, ood_scores) == pytest.approx(auroc, abs=1e-6)
+    assert metrics.aupr_in(id_scores, ood_scores) == pytest.approx(aupr_in, abs=1e-6)
+    assert metrics.aupr_out(id_scores, ood_scores) == pytest.approx(aupr_out, abs=1e-6)
+    assert metrics.fpr_at_tpr(id_scores, ood_scores, compat="oe") == pytest.approx(oe, abs=1e-6)
+    assert metrics.fpr_at_tpr(id_scores, ood_scores) == pytest.approx(exact, abs=1e-6)
+
+
+RULES = {
+    "A": (TWENTY, np.arange(10) + 0.5, {"dice": 0.8, "oe": 0.9}),
+    "Q": (range(1, 12), [0.5, 1.0], {None: 0.5, "oe": 0, "dice": 0}),
+    "R": (THIRTY, [0.5, 1, 1.5, 2, 2.5], {None: 0.4, "oe": 0.2, "dice": 0}),
+    "S": (TWENTY, [2.0] * 20, {None: 1, "oe": 1, "dice": 0}),
+    "constant": ([7.0] * 13, [7.0] * 5, {None: 1, "dice": 0}),
+    "constant, one each": ([-3.0], [-3.0], {None: 1, "dice": 0}),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_three_fpr_rules(name):
+    id_scores, ood_scores, expected = RULES[name]
+    for compat, value in expected.items():
+        assert metrics.fpr_at_tpr(list(id_scores), list(ood_scores), compat=compat) == pytest.approx(
+            value, abs=1e-12
+        ), compat
+
+
+def test_ood_positive_fpr_is_another_quantity():
+    assert metrics.fpr95_ood_positive(list(TWENTY), np.arange(10) + 0.5) == pytest.approx(0.45)
+    assert metrics.auroc(list(TWENTY), np.arange(10) + 0.5) == pytest.approx(0.775)
+    assert metrics.fpr95_ood_positive(list(HUNDRED), list(HUNDRED)) == pytest.approx(0.95)
+
+
+def test_constant_scores_have_auroc_one_half():
+    assert metrics.auroc([2.0] * 9, [2.0] * 4) == 0.5
+    assert metrics.detection_error([2.0] * 9, [2.0] * 4) == 0.5
+
+
+def tied_scores(seed):
+    """Scores on a coarse grid, so that most are tied within and across the two sets."""
+    random = np.random.default_rng(seed)
+    n_id, n_ood = random.integers(1, 400, size=2)
+    return np.round(random.normal(0.7, 1, n_id), 1), np.round(random.normal(0, 1.2, n_ood), 1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_against_scikit_learn_on_tied_scores(seed):
+    id_scores, ood_scores = tied_scores(seed)
+    truth = np.r_[np.ones(len(id_scores)), np.zeros(len(ood_scores))]
+    scores = np.r_[id_scores, ood_scores]
+    false_positive, true_positive, thresholds = roc_curve(truth, scores, drop_intermediate=False)
+    result = metrics.evaluate(id_scores, ood_scores)
+    assert result["auroc"] == pytest.approx(100 * roc_auc_score(truth, scores), abs=1e-10)
+    assert result["aupr_in"] == pytest.approx(100 * average_precision_score(truth, scores), abs=1e-10)
+    assert result["aupr_out"] == pytest.approx(100 * average_precision_score(1 - truth, -scores), abs=1e-10)
+    first = np.flatnonzero(true_positive >= 0.95 - 1e-12)[0]
+    assert result["fpr95"] == pytest.approx(100 * false_positive[first], abs=1e-10)
+    assert result["threshold95"] == thresholds[first]
+    assert result["detection_error"] == pytest.approx(
+        100 * ((1 - true_positive + false_positive) / 2).min(), abs=1e-10
+    )
+    id_rejected, ood_rejected, _ = roc_curve(1 - truth, -scores, drop_intermediate=False)
+    expected = id_rejected[ood_rejected >= 0.95 - 1e-12][0]
+    assert metrics.fpr95_ood_positive(id_scores, ood_scores) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_oe_rule_against_its_loop(seed):
+    """Thresholds from the highest of full recall upwards; the first nearest recall wins."""
+    id_scores, ood_scores = tied_scores(seed)
+    full = id_scores.min()
+    candidates = sorted({t for t in np.r_[id_scores, ood_scores] if t >= full})
+    distances = [abs((id_scores >= t).sum() / len(id_scores) - 0.95) for t in candidates]
+    chosen = candidates[distances.index(min(distances))]
+    assert metrics.fpr_at_tpr(id_scores, ood_scores, compat="oe") == (ood_scores >= chosen).mean()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_dice_rule_against_its_definition(seed):
+    id_scores, ood_scores = tied_scores(seed)
+    threshold = np.sort(id_scores)[round(0.05 * len(id_scores))]
+    assert metrics.fpr_at_tpr(id_scores, ood_scores, compat="dice") == (ood_scores > threshold).mean()
+
+
+def test_evaluate_gives_percent_of_the_single_functions():
+    id_scores, ood_scores = tied_scores(3)
+    for compat in (None, "oe", "dice"):
+        result = metrics.evaluate(id_scores, ood_scores, compat=compat)
+        assert list(result) == ["fpr95", "auroc", "aupr_in", "aupr_out", "detection_error", "threshold95"]
+        assert result["fpr95"] == 100 * metrics.fpr_at_tpr(id_scores, ood_scores, compat=compat)
+        for name in ("auroc", "aupr_in", "aupr_out", "detection_error"):
+            assert result[name] == 100 * getattr(metrics, name)(id_scores, ood_scores), name
+        assert result["threshold95"] == metrics.threshold_at_tpr(id_scores)
+
+
+@pytest.mark.parametrize("count", [1, 7, 19, 20, 21, 100, 1017])
+@pytest.mark.parametrize("percent", [1, 5, 7, 29, 57, 80, 95, 99, 100])
+def test_threshold_counts_exactly_at_every_level(count, percent):
+    """Integers decide, not the rounding of tpr * n: 0.07 * 100 > 7 and 0.57 * 100 < 57 in float64."""
+    scores = np.random.default_rng(count).permutation(count)
+    accepted = (scores >= metrics.threshold_at_tpr(scores, percent / 100)).sum()
+    assert 100 * accepted >= percent * count
+    assert 100 * (accepted - 1) < percent * count
+
+
+def test_fpr_agrees_with_the_threshold_at_other_levels():
+    id_scores, ood_scores = tied_scores(5)
+    for tpr in (0.5, 0.8, 0.99, 1.0):
+        threshold = metrics.threshold_at_tpr(id_scores, tpr)
+        assert metrics.fpr_at_tpr(id_scores, ood_scores, tpr) == (ood_scores >= threshold).mean()
+
+
+def test_order_and_container_of_the_scores_do_not_matter():
+    id_scores, ood_scores = tied_scores(8)
+    expected = metrics.evaluate(id_scores, ood_scores)
+    assert metrics.evaluate(id_scores[::-1], list(np.sort(ood_scores))) == expected
+    assert (
+        metrics.evaluate(torch.from_numpy(id_scores), torch.from_numpy(ood_scores).requires_grad_())
+        == expected
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["fpr_at_tpr", "auroc", "aupr_in", "aupr_out", "detection_error", "fpr95_ood_positive"]
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_an_error(name, bad):
+    function = getattr(metrics, name)
+    with pytest.raises(InputError, match=r"1 of 3 OOD scores are NaN or infinite \(first: number 2\)"):
+        function([1.0, 2.0], [0.0, 1.0, bad])
+    with pytest.raises(InputError, match="2 of 2 ID scores"):
+        function([bad, bad], [0.0])
+
+
+def test_empty_scores_and_wrong_settings_are_errors():
+    with pytest.raises(InputError, match="no ID scores"):
+        metrics.threshold_at_tpr([])
+    with pytest.raises(InputError, match="no OOD scores"):
+        metrics.bootstrap([1.0], [])
+    for tpr in (0, 1.5, math.nan):
+        with pytest.raises(InputError, match="TPR level"):
+            metrics.threshold_at_tpr([1.0], tpr)
+    with pytest.raises(InputError, match="did you mean 'dice'"):
+        metrics.evaluate([1.0], [0.0], compat="dise")
+    with pytest.raises(InputError, match="0 resamples"):
+        metrics.bootstrap([1.0], [0.0], resamples=0)
+    with pytest.raises(InputError, match="confidence is 95"):
+        metrics.bootstrap([1.0], [0.0], confidence=95)
+    with pytest.raises(InputError, match="at least 2 of each"):
+        metrics.delong_interval([1.0], [0.0, 2.0])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bootstrap_equals_a_plain_loop_over_the_same_draws(seed):
+    id_scores, ood_scores = tied_scores(seed + 20)
+    counts = metrics._group(id_scores, ood_scores)
+    rates, areas = [], []
+    for id_counts, ood_counts in metrics._resampled_counts(counts, 150, seed):
+        for id_row, ood_row in zip(id_counts, ood_counts, strict=True):
+            assert id_row.sum() == len(id_scores) and ood_row.sum() == len(ood_scores)
+            drawn_id, drawn_ood = np.repeat(counts.scores, id_row), np.repeat(counts.scores, ood_row)
+            rates.append(metrics.fpr_at_tpr(drawn_id, drawn_ood))
+            areas.append(metrics.auroc(drawn_id, drawn_ood))
+    interval = metrics.bootstrap(id_scores, ood_scores, resamples=150, confidence=0.9, seed=seed)
+    assert len(rates) == 150
+    assert interval["fpr95"] == pytest.approx(tuple(100 * np.quantile(rates, [0.05, 0.95])), abs=1e-9)
+    assert interval["auroc"] == pytest.approx(tuple(100 * np.quantile(areas, [0.05, 0.95])), abs=1e-9)
+
+
+def test_bootstrap_draws_only_scores_of_its_own_set_about_uniformly():
+    counts = metrics._group([1.0, 2.0, 2.0, 5.0], [2.0, 3.0])
+    drawn = list(metrics._resampled_counts(counts, 4000, 0))
+    id_mean = np.concatenate([block[0] for block in drawn]).mean(axis=0)
+    ood_mean = np.concatenate([block[1] for block in drawn]).mean(axis=0)
+    np.testing.assert_array_equal(counts.scores, [5, 3, 2, 1])
+    np.testing.assert_allclose(id_mean, [1, 0, 2, 1], atol=0.06)
+    np.testing.assert_allclose(ood_mean, [0, 1, 1, 0], atol=0.06)
+
+
+def test_bootstrap_depends_on_the_seed_but_not_on_order_or_block_size(monkeypatch):
+    id_scores, ood_scores = tied_scores(31)
+    expected = metrics.bootstrap(id_scores, ood_scores, resamples=200, seed=4)
+    assert metrics.bootstrap(id_scores[::-1], ood_scores[::-1], resamples=200, seed=4) == expected
+    assert metrics.bootstrap(id_scores, ood_scores, resamples=200, seed=5) != expected
+    monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", 1)
+    assert metrics.bootstrap(id_scores, ood_scores, resamples=200, seed=4) == expected
+
+
+def test_bootstrap_agrees_with_delong():
+    random = np.random.default_rng(0)
+    id_scores, ood_scores = random.normal(1, 1, 1500), random.normal(0, 1, 2000)
+    low, high = metrics.bootstrap(id_scores, ood_scores, resamples=2000)["auroc"]
+    delong_low, delong_high = metrics.delong_interval(id_scores, ood_scores)
+    width = 100 * (delong_high - delong_low)
+    assert high - low == pytest.approx(width, rel=0.1)
+    assert (low + high) / 2 == pytest.approx(50 * (delong_low + delong_high), abs=0.1 * width)
+    assert low < 100 * metrics.auroc(id_scores, ood_scores) < high
+
+
+def test_delong_against_its_pairwise_definition():
+    id_scores, ood_scores = tied_scores(2)
+    wins = (id_scores[:, None] > ood_scores) + 0.5 * (id_scores[:, None] == ood_scores)
+    variance = wins.mean(1).var(ddof=1) / len(id_scores) + wins.mean(0).var(ddof=1) / len(ood_scores)
+    low, high = metrics.delong_interval(id_scores, ood_scores, confidence=0.9)
+    assert low == pytest.approx(wins.mean() - 1.6448536 * np.sqrt(variance), abs=1e-9)
+    assert high == pytest.approx(wins.mean() + 1.6448536 * np.sqrt(variance), abs=1e-9)
+
+
+def test_intervals_cover_the_true_auroc():
+    """Normal scores one standard deviation apart: AUROC = Phi(1 / sqrt 2); 95 % of 200 studies, give or take 4 sigma."""
+    truth = 0.5 * (1 + math.erf(0.5))
+    random = np.random.default_rng(1)
+    covered = {"bootstrap": 0, "delong": 0}
+    for study in range(200):
+        id_scores, ood_scores = random.normal(1, 1, 100), random.normal(0, 1, 120)
+        low, high = metrics.bootstrap(id_scores, ood_scores, resamples=300, seed=study)["auroc"]
+        covered["bootstrap"] += low <= 100 * truth <= high
+        low, high = metrics.delong_interval(id_scores, ood_scores)
+        covered["delong"] += low <= truth <= high
+    assert 178 <= covered["bootstrap"] <= 200
+    assert 178 <= covered["delong"] <= 200

@@ -1,0 +1,78 @@
+"""The environment files agree, and notebooks are committed without outputs."""
+
+import re
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from ood_helpers.config import PROJECT_ROOT
+from ood_helpers.runner import NOTEBOOKS
+
+PROJECT = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
+PINS = [
+    Requirement(line)
+    for line in (PROJECT_ROOT / "requirements.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def test_every_requirement_is_one_exact_version():
+    for pin in PINS:
+        assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), pin
+
+
+@pytest.mark.parametrize("python", ["3.11.9", "3.12.5", "3.13.1"])
+@pytest.mark.parametrize(("system", "machine"), [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")])
+def test_the_pins_fulfil_the_ranges_of_pyproject_on_every_platform(python, system, machine):
+    environment = {
+        "python_full_version": python,
+        "python_version": python.rsplit(".", 1)[0],
+        "sys_platform": system,
+        "platform_machine": machine,
+        "platform_system": {"linux": "Linux", "darwin": "Darwin"}[system],
+        "implementation_name": "cpython",
+        "os_name": "posix",
+    }
+    pinned = {}
+    for pin in PINS:
+        if pin.marker is None or pin.marker.evaluate(environment):
+            assert canonicalize_name(pin.name) not in pinned, f"{pin.name} is pinned twice"
+            pinned[canonicalize_name(pin.name)] = str(pin.specifier).removeprefix("==")
+    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+        wanted = Requirement(line)
+        assert canonicalize_name(wanted.name) in pinned, wanted.name
+        assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), line
+
+
+def test_cuda_packages_are_for_linux_only():
+    for pin in PINS:
+        if pin.name.startswith(("nvidia", "cuda", "triton")):
+            assert "linux" in str(pin.marker), pin
+
+
+def test_no_download_address_is_committed():
+    text = (PROJECT_ROOT / "requirements.txt").read_text()
+    assert "://" not in text and "--index-url" not in text
+
+
+def test_environment_yml_installs_the_same_requirements_on_the_same_pythons():
+    environment = yaml.safe_load((PROJECT_ROOT / "environment.yml").read_text())
+    python, pip, pip_lines = environment["dependencies"]
+    assert python.split()[1] == PROJECT["requires-python"]
+    assert pip == "pip"
+    assert pip_lines["pip"][0] == "-r requirements.txt"
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_committed_without_outputs_and_with_parameters(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    for name in re.findall(r'(?:save_figure|export_tables)\([^"]*?"(\w+)"', "\n".join(cell.source for cell in code)):
+        assert name.startswith(path.stem), f"the output {name} does not start with its notebook's name"

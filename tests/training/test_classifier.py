@@ -1,0 +1,216 @@
+"""Training a classifier: learning, resuming, augmentation, and both ways to get at images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ood_helpers.backbones import DenseNet, load_checkpoint, weights_fingerprint
+from ood_helpers.config import TrainingConfig
+from ood_helpers.data import Transform
+from ood_helpers.errors import InputError
+from ood_helpers.training import (
+    augment,
+    augmented_batches,
+    evaluate,
+    load_images,
+    steps_per_epoch,
+    train_classifier,
+)
+
+TRANSFORM = Transform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
+class Pictures:
+    """What training uses of an ImageSet: three classes, told apart by the channel that is bright."""
+
+    name = "pictures"
+
+    def __init__(self, count: int, seed: int, decoded: bool = False):
+        rng = np.random.default_rng(seed)
+        self.labels = np.arange(count) % 3
+        self.pixels = rng.integers(0, 120, (count, 8, 8, 3), dtype=np.uint8)
+        self.pixels[np.arange(count), :, :, self.labels] += 100
+        self.array = None if decoded else self.pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def image(self, i: int) -> Image.Image:
+        return Image.fromarray(self.pixels[i])
+
+
+def make_network() -> DenseNet:
+    torch.manual_seed(0)
+    return DenseNet(3, depth=10, growth_rate=4, dropout=0.1)
+
+
+def run(directory, network=None, train=None, validation=None, transform=TRANSFORM, **config):
+    config = TrainingConfig(**{"epochs": 3, "batch_size": 16, "crop_padding": 1, "flip": True, **config})
+    network = make_network() if network is None else network
+    train = Pictures(50, 0) if train is None else train
+    return train_classifier(
+        network, train, validation, transform, config, seed=1, device="cpu", directory=directory
+    )
+
+
+def test_learns_and_reports(tmp_path):
+    network, validation = make_network(), Pictures(30, 1)
+    history = run(tmp_path, network, validation=validation)
+    assert history.columns.tolist() == (
+        ["epoch", "learning_rate", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
+    )
+    assert history["train_loss"].iloc[-1] < 0.5 * history["train_loss"].iloc[0]
+    assert history["validation_accuracy"].iloc[-1] > 90
+    assert not network.training
+    last = history.iloc[-1]
+    assert evaluate(network, validation, TRANSFORM, 7, "cpu") == pytest.approx(
+        {"loss": last["validation_loss"], "accuracy": last["validation_accuracy"]}, rel=1e-4
+    )
+
+
+def test_without_validation_set_its_columns_are_empty(tmp_path):
+    for _ in range(2):  # trained, then read back
+        history = run(tmp_path, epochs=2)
+        assert history[["validation_loss", "validation_accuracy"]].isna().all(axis=None)
+        assert history[["train_loss", "train_accuracy"]].notna().all(axis=None)
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_resumes_bit_for_bit(tmp_path, monkeypatch, decoded, schedule):
+    train, validation = Pictures(50, 0, decoded), Pictures(10, 1, decoded)
+    run(tmp_path / "whole", train=train, validation=validation, schedule=schedule)
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_):
+        if (tmp_path / "parts" / "training_state.pt").exists():
+            raise Killed
+        return {"loss": 0.0, "accuracy": 0.0}
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("ood_helpers.training.classifier.evaluate", kill)
+        run(tmp_path / "parts", train=train, validation=validation, schedule=schedule)
+    network = make_network()
+    run(tmp_path / "parts", network, train=train, validation=validation, schedule=schedule)
+    whole, parts = (tmp_path / name / "weights.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    finished, loaded = make_network(), make_network()
+    run(tmp_path / "parts", finished, train=train, validation=validation, schedule=schedule)
+    load_checkpoint(loaded, parts)
+    assert weights_fingerprint(network) == weights_fingerprint(finished) == weights_fingerprint(loaded)
+    assert not finished.training
+
+
+def test_decoded_images_and_arrays_train_alike(tmp_path):
+    run(tmp_path / "array", epochs=1)
+    run(tmp_path / "decoded", train=Pictures(50, 0, decoded=True), epochs=1)
+    array, decoded = (tmp_path / name / "weights.safetensors" for name in ("array", "decoded"))
+    assert array.read_bytes() == decoded.read_bytes()
+
+
+def test_transform_that_changes_the_size(tmp_path):
+    pictures = Pictures(6, 0)
+    transform = Transform(resize=(12, 10), mean=TRANSFORM.mean, std=TRANSFORM.std)
+    images = load_images(pictures, transform, torch.tensor([4, 1]))
+    assert images.shape == (2, 12, 10, 3)
+    assert np.array_equal(images[0].numpy(), transform.geometry(pictures.image(4)))
+    same = load_images(pictures, TRANSFORM, torch.tensor([4, 1]))
+    assert np.array_equal(same.numpy(), pictures.pixels[[4, 1]])
+
+
+def test_images_of_several_sizes(tmp_path):
+    pictures = Pictures(4, 0, decoded=True)
+    pictures.image = lambda i: Image.new("RGB", (8 + i, 8))
+    with pytest.raises(InputError, match="pictures have several sizes after the transform"):
+        run(tmp_path, train=pictures)
+
+
+def reference_crops(image: np.ndarray, padding: int, flip: bool) -> list[bytes]:
+    height, width, _ = image.shape
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    crops = [
+        padded[top : top + height, left : left + width]
+        for top in range(2 * padding + 1)
+        for left in range(2 * padding + 1)
+    ]
+    return [c.tobytes() for crop in crops for c in ([crop, crop[:, ::-1]] if flip else [crop])]
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("flip", [False, True])
+def test_augmentation_gives_every_crop_and_flip_and_nothing_else(padding, flip):
+    image = np.random.default_rng(0).integers(1, 255, (5, 4, 3), dtype=np.uint8)
+    images = torch.from_numpy(image).expand(2000, -1, -1, -1)
+    augmented = augment(images, padding, flip, torch.Generator().manual_seed(0))
+    assert augmented.shape == images.shape
+    assert augmented.dtype == torch.uint8
+    expected = reference_crops(image, padding, flip)
+    found = [a.tobytes() for a in augmented.numpy()]
+    counts = [found.count(crop) for crop in expected]
+    assert sum(counts) == 2000
+    assert min(counts) > 0.5 * 2000 / len(expected)
+
+
+def test_each_image_is_augmented_by_its_own_draw():
+    pixels = torch.randint(1, 255, (64, 6, 6, 3), dtype=torch.uint8)
+    augmented = augment(pixels, 2, True, torch.Generator().manual_seed(1))
+    for before, after in zip(pixels.numpy(), augmented.numpy()):
+        assert after.tobytes() in reference_crops(before, 2, True)
+
+
+def test_batches_of_an_epoch():
+    pictures = Pictures(33, 0)
+    config = TrainingConfig(epochs=1, batch_size=16)
+
+    def epoch(seed):
+        return list(
+            augmented_batches(pictures, TRANSFORM, config, torch.Generator().manual_seed(seed), "cpu")
+        )
+
+    first, again, other = epoch(0), epoch(0), epoch(1)
+    assert [len(labels) for _, labels in first] == [16, 16]  # the 33rd would be alone
+    assert all(torch.equal(a, b) for pair, same in zip(first, again) for a, b in zip(pair, same))
+    assert not torch.equal(first[0][0], other[0][0])
+    images, labels = (torch.cat(parts) for parts in zip(*first))
+    assert first[0][0].is_contiguous(memory_format=torch.channels_last)
+    pixels = TRANSFORM.denormalise(images).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    rows = [next(i for i, p in enumerate(pictures.pixels) if np.array_equal(p, pixel)) for pixel in pixels]
+    assert len(set(rows)) == 32
+    assert labels.tolist() == pictures.labels[rows].tolist()
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "steps"), [(32, 16, 2), (33, 16, 2), (34, 16, 3), (5, 16, 1)]
+)
+def test_steps_per_epoch(images, batch_size, steps):
+    assert steps_per_epoch(images, batch_size) == steps
+
+
+@pytest.mark.parametrize(("images", "batch_size"), [(1, 16), (0, 16), (50, 1)])
+def test_too_few_images_a_batch(images, batch_size):
+    with pytest.raises(InputError, match="expected at least 2"):
+        steps_per_epoch(images, batch_size)
+
+
+def test_labels_are_checked(tmp_path):
+    unlabelled, wrong = Pictures(6, 0), Pictures(6, 0)
+    unlabelled.labels, wrong.labels = None, np.array([0, 1, 2, 3, 0, 1])
+    with pytest.raises(InputError, match="pictures has no labels"):
+        run(tmp_path, train=unlabelled)
+    with pytest.raises(InputError, match="labels 0 to 3, expected 0 to 2"):
+        run(tmp_path, validation=wrong)
+
+
+def test_diverging_training_says_so(tmp_path):
+    with pytest.raises(InputError, match=r"training loss became (nan|inf)"):
+        run(tmp_path, learning_rate=1e30)
+
+
+def test_read_only_arrays_are_fine(tmp_path):
+    pictures = Pictures(20, 0)
+    pictures.array.flags.writeable = False
+    pictures.labels.flags.writeable = False
+    assert len(run(tmp_path, train=pictures, epochs=1)) == 1

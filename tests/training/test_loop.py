@@ -1,0 +1,237 @@
+"""The shared loop: resuming bit for bit, finished trainings, and what a broken directory says."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ood_helpers.config import TrainingConfig
+from ood_helpers.errors import InputError
+from ood_helpers.training import train
+
+STEPS, EPOCHS = 3, 4
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def make_network() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(144, 3)
+    )
+
+
+def batches(generator):
+    for _ in range(STEPS):
+        images = torch.rand(8, 3, 8, 8, generator=generator)
+        yield images, (images.mean(dim=(1, 2, 3)) * 30).long() % 3
+
+
+def loss_function(network, batch):
+    images, labels = batch
+    # The noise comes from torch's global random state, as dropout's does.
+    logits = network(images + 0.01 * torch.randn_like(images))
+    return F.cross_entropy(logits, labels), {"accuracy": 100 * (logits.argmax(1) == labels).float().mean()}
+
+
+def run(directory: Path, network=None, **changes) -> pd.DataFrame:
+    settings = {"epochs": EPOCHS, "learning_rate": 0.05, "schedule": "one_cycle"}
+    settings.update(
+        {name: changes.pop(name) for name in list(changes) if name in TrainingConfig.model_fields}
+    )
+    arguments = {"steps_per_epoch": STEPS, "seed": 3, "device": "cpu", "directory": directory}
+    epoch_batches = changes.pop("epoch_batches", batches)
+    loss = changes.pop("loss", loss_function)
+    network = make_network() if network is None else network
+    return train(network, epoch_batches, loss, TrainingConfig(**settings), **{**arguments, **changes})
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path):
+    for name in "ab":
+        run(tmp_path / name)
+    run(tmp_path / "c", seed=4)
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+@pytest.mark.parametrize("where", ["validation", "batches", "end"])
+@pytest.mark.parametrize("stop", [1, 2, EPOCHS])
+def test_killed_and_started_again_gives_the_same_bytes(tmp_path, monkeypatch, schedule, where, stop):
+    run(tmp_path / "whole", schedule=schedule, validate=lambda network: {"value": 1.5})
+    calls = {"validation": 0, "batches": 0}
+
+    def count(kind):
+        calls[kind] += 1
+        if where == kind and calls[kind] == stop:
+            raise Killed
+
+    def validate(network):
+        assert not network.training
+        assert not torch.is_grad_enabled()
+        torch.rand(stop)  # random numbers drawn here change nothing
+        count("validation")
+        return {"value": 1.5}
+
+    def killed_batches(generator):
+        for index, batch in enumerate(batches(generator)):
+            if index == 1:
+                count("batches")
+            yield batch
+
+    options = {"schedule": schedule, "validate": validate, "epoch_batches": killed_batches}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if where == "end":
+            patch.setattr(
+                "safetensors.torch.save_file", lambda *args, **kwargs: (_ for _ in ()).throw(Killed)
+            )
+        run(tmp_path / "parts", **options)
+    assert not (tmp_path / "parts" / "weights.safetensors").exists()
+    torch.manual_seed(99)
+    frame = run(tmp_path / "parts", **options)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert sorted(path.name for path in parts.iterdir()) == ["history.csv", "weights.safetensors"]
+    assert (whole / "weights.safetensors").read_bytes() == (parts / "weights.safetensors").read_bytes()
+    assert (whole / "history.csv").read_bytes() == (parts / "history.csv").read_bytes()
+    assert frame["epoch"].tolist() == [1, 2, 3, 4]
+    assert calls["batches"] == EPOCHS + (where != "end")  # only the interrupted epoch was repeated
+
+
+def test_finished_training_is_not_repeated(tmp_path):
+    first, again = make_network(), make_network()
+    frame = run(tmp_path, first)
+    content = (tmp_path / "weights.safetensors").read_bytes()
+    (tmp_path / "training_state.pt").write_bytes(b"left by a process killed before it could remove it")
+
+    def must_not_run(*_):
+        raise AssertionError("trained again")
+
+    pd.testing.assert_frame_equal(run(tmp_path, again, epoch_batches=must_not_run), frame, check_exact=True)
+    assert not again.training
+    assert not first.training
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[name])
+    assert (tmp_path / "weights.safetensors").read_bytes() == content
+    assert not (tmp_path / "training_state.pt").exists()
+
+
+def test_history_and_learning_rates(tmp_path):
+    cosine = run(tmp_path / "cosine", schedule="cosine", learning_rate=0.2)
+    assert cosine.columns.tolist() == ["epoch", "learning_rate", "train_loss", "train_accuracy"]
+    steps = STEPS * EPOCHS
+    expected = [0.1 * (1 + math.cos(math.pi * (STEPS * epoch - 1) / steps)) for epoch in range(1, EPOCHS + 1)]
+    assert cosine["learning_rate"].tolist() == pytest.approx(expected)
+    one_cycle = run(tmp_path / "one_cycle", learning_rate=0.2)["learning_rate"]
+    assert one_cycle.iloc[-1] < 1e-5 < 0.1 < one_cycle.max() <= 0.2
+
+
+def test_logged_values_are_means_over_samples(tmp_path):
+    sizes = [6, 2]
+
+    def two_batches(generator):
+        for size in sizes:
+            yield (torch.rand(size, 3, 8, 8, generator=generator), torch.zeros(size, dtype=torch.long))
+
+    def loss(network, batch):
+        return F.cross_entropy(network(batch[0]), batch[1]), {
+            "size": float(len(batch[0])),
+            "one": torch.ones(()),
+        }
+
+    frame = run(tmp_path, epoch_batches=two_batches, loss=loss, steps_per_epoch=2)
+    assert frame["train_size"].tolist() == [pytest.approx((6 * 6 + 2 * 2) / 8)] * EPOCHS
+    assert frame["train_one"].tolist() == [1.0] * EPOCHS
+
+
+def test_random_state_of_the_caller_is_left_alone(tmp_path):
+    network = make_network()
+    before = torch.get_rng_state()
+    run(tmp_path, network)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_frozen_parameters_stay(tmp_path):
+    network = make_network()
+    network[0].requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    run(tmp_path, network)
+    assert torch.equal(network[0].weight, before["0.weight"])
+    assert not torch.equal(network[5].weight, before["5.weight"])
+    with pytest.raises(InputError, match="nothing to train"):
+        run(tmp_path / "other", make_network().requires_grad_(False))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite(tmp_path, value):
+    def broken(network, batch):
+        loss, values = loss_function(network, batch)
+        return loss * value, values
+
+    with pytest.raises(InputError, match=r"training loss became (nan|inf) in epoch 1, .*lower learning_rate"):
+        run(tmp_path, loss=broken)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_number_of_batches(tmp_path):
+    for steps in (STEPS - 1, STEPS + 1):
+        with pytest.raises(ValueError, match="zip"):
+            run(tmp_path, steps_per_epoch=steps)
+
+
+def interrupted(directory: Path) -> Path:
+    def validate(network):
+        if (directory / "training_state.pt").exists():
+            raise Killed
+        return {}
+
+    with pytest.raises(Killed):
+        run(directory, validate=validate)
+    return directory / "training_state.pt"
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_damaged_state(tmp_path, part):
+    path = interrupted(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(InputError, match=r"training_state\.pt is unreadable; delete this file"):
+        run(tmp_path)
+    path.unlink()
+    assert len(run(tmp_path)) == EPOCHS
+
+
+def test_damaged_weights(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(
+        InputError, match=r"weights\.safetensors are unreadable; delete this file to train again"
+    ):
+        run(tmp_path)
+
+
+def test_directory_of_another_training(tmp_path):
+    interrupted(tmp_path / "interrupted")
+    run(tmp_path / "finished")
+    for name in ("interrupted", "finished"):
+        with pytest.raises(
+            InputError, match=r"training with epochs 4 instead of 9, seed 3 instead of 8; use another"
+        ):
+            run(tmp_path / name, epochs=9, seed=8)
+        with pytest.raises(InputError, match="images None instead of 12"):
+            run(tmp_path / name, settings={"images": 12})
+
+
+def test_weights_of_another_network(tmp_path):
+    run(tmp_path / "finished")
+    with pytest.raises(InputError, match="weights of another network"):
+        run(tmp_path / "finished", nn.Sequential(nn.Flatten(), nn.Linear(192, 3)))
+    interrupted(tmp_path / "interrupted")
+    with pytest.raises(InputError, match="delete this file"):
+        run(tmp_path / "interrupted", nn.Sequential(nn.Flatten(), nn.Linear(192, 3)))
