@@ -112,16 +112,18 @@ class StoredBank:
 
     @classmethod
     def open(cls, directory: Path) -> "StoredBank | None":
-        """The bank in a folder, or None when its pass has not ended.
+        """The bank in a folder, or None when its pass has not ended or a shard is missing.
 
         Raises
         ------
-        InputError : a shard is missing or damaged
+        InputError : a shard is damaged
         """
         record_path = Path(directory) / "bank.json"
         if not record_path.exists():
             return None
         bank = cls(Path(directory), json.loads(record_path.read_text()))
+        if not all(path.exists() for path in bank.shard_paths):
+            return None
         for path in bank.shard_paths:
             with _open_shard(path):
                 pass
@@ -205,7 +207,7 @@ def extract(
     """
     directory = Path(directory)
     done = StoredBank.open(directory)
-    if done is not None and all(path.exists() for path in done.shard_paths):
+    if done is not None:
         return done
     rows = options.batch_size * options.shard_batches
     starts = range(0, len(image_set), rows)

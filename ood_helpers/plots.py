@@ -26,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.files import atomic_path
+from ood_helpers.metrics import fpr_at_tpr
 from ood_helpers.results import METRICS, wide_table
 
 WIDTH = 7.0  # inches: the text width of a page
@@ -50,6 +51,7 @@ STYLE = {
 # seaborn's "colorblind" palette: blue for the ID data, the others (less its pale yellow) for the OOD sets
 ID_COLOUR = "#0173B2"
 COLOURS = ["#DE8F05", "#029E73", "#CC78BC", "#D55E00", "#56B4E9", "#CA9161", "#949494", "#FBAFE4"]
+PUBLISHED_COLOUR = "#D55E00"
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*"]
 
 
@@ -69,12 +71,21 @@ def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     def drawn(*args: Any, **kwargs: Any) -> Figure:
         with style.context(["default", STYLE]):
             figure = draw(*args, **kwargs)
-            figure.draw_without_rendering()
-            figure.draw_without_rendering()  # the first pass may change tick labels and with them the margins
+            _settle(figure)
             figure.set_layout_engine("none")
         return figure
 
     return drawn
+
+
+def _settle(figure: Figure) -> None:
+    """Repeat the layout until no axes moves: new places may mean other tick labels, and these other margins."""
+    places = None
+    for _ in range(5):
+        figure.get_layout_engine().execute(figure)
+        previous, places = places, np.array([axes.get_position().bounds for axes in figure.axes])
+        if previous is not None and np.abs(places - previous).max() < 1e-3:
+            return
 
 
 def save_figure(figure: Figure, directory: Path, name: str) -> list[Path]:
@@ -262,14 +273,13 @@ def feature_projection(
             handles = [_dot(colour, "o", name) for colour, name in zip(palette, names)]
     for axes, (index, name) in zip(remaining, enumerate(ood_features)):
         axes.scatter(*id_points.T, s=5, color="0.75", linewidths=0, rasterized=True)
-        look = {"marker": _marker(index), "color": _colour(index), "linewidths": 0, "alpha": 0.6}
-        axes.scatter(*points(_array(ood_features[name])).T, s=7, **look, rasterized=True)
+        look = {"marker": _marker(index), "color": _colour(index), "linewidths": 0, "alpha": 0.5}
+        axes.scatter(*points(_array(ood_features[name])).T, s=5, **look, rasterized=True)
         axes.set_title(_set_title(name, groups))
-    _label_outer(
-        all_axes, f"component 1 ({explained[0]:.1f} % of variance)", f"component 2 ({explained[1]:.1f} %)"
-    )
-    handles = [_dot("0.75", "o", "in-distribution"), _dot("0.3", "o", "colour: the OOD set of the panel")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    first, second = (f"{share:.1f} %" for share in explained)
+    _label_outer(all_axes, f"component 1 ({first} of variance)", f"component 2 ({second})")
+    handles += [_dot("0.75", "o", "in-distribution"), _dot(*_ood_entry(ood_features, "o"))]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6 if len(all_axes) > 1 else 3)
     return figure
 
 
@@ -321,20 +331,16 @@ def roc_curves(id_scores: Any, ood_scores: Mapping[str, Any], *, caption: str, t
     axes = figure.subplots()
     for index, (name, scores) in enumerate(ood_scores.items()):
         fpr, tpr = _roc(_array(id_scores), _array(scores))
-        at95 = np.argmax(tpr >= 95)
-        colour = _colour(index)
-        axes.plot(fpr, tpr, color=colour)
-        axes.plot(
-            fpr[at95],
-            tpr[at95],
-            _marker(index),
-            color=colour,
-            markeredgecolor="white",
-            markersize=7,
-            clip_on=False,
-        )
-        label = f"{name}, FPR95 {fpr[at95]:.1f} %"
-        axes.plot([], [], color=colour, marker=_marker(index), label=label)
+        fpr95 = 100 * fpr_at_tpr(_array(id_scores), _array(scores))
+        look = {
+            "color": _colour(index),
+            "marker": _marker(index),
+            "markersize": 7,
+            "markeredgecolor": "white",
+        }
+        axes.plot(fpr, tpr, color=_colour(index))
+        axes.plot(fpr95, tpr[np.argmax(tpr >= 95)], **look, linestyle="", clip_on=False)
+        axes.plot([], [], **look, label=f"{name}, FPR95 {fpr95:.1f} %")
     axes.plot([0, 100], [0, 100], color="0.6", linestyle=":", linewidth=1, label="chance")
     axes.axhline(95, color="black", linestyle="--", linewidth=1, zorder=1, label="TPR 95 %")
     axes.set(xlim=(0, 100), ylim=(0, 100.5))
@@ -358,7 +364,7 @@ def score_grid(
     scores: method -> (ID scores [n], {OOD set -> scores [m]}); every method with the same sets.
     """
     methods, sets = list(scores), list(next(iter(scores.values()))[1])
-    figure = _new_figure(0.58 * len(methods) + 0.9, caption, title)
+    figure = _new_figure(0.62 * len(methods) + 0.9, caption, title)
     grid = figure.subplots(len(methods), len(sets), squeeze=False, sharex="row", sharey="row")
     for row, method in enumerate(methods):
         id_scores = _array(scores[method][0])
@@ -368,25 +374,18 @@ def score_grid(
             axes = grid[row, column]
             _histogram(axes, id_scores, bins, ID_COLOUR)
             _histogram(axes, ood_scores[name], bins, _colour(column))
-            fpr, tpr = _roc(id_scores, ood_scores[name])
-            axes.text(
-                0.02,
-                0.97,
-                f"{fpr[np.argmax(tpr >= 95)]:.0f} %",
-                transform=axes.transAxes,
-                va="top",
-                fontsize=8,
-            )
+            fpr95 = f"{100 * fpr_at_tpr(id_scores, ood_scores[name]):.0f} %"
+            axes.text(0.02, 0.97, fpr95, transform=axes.transAxes, va="top", fontsize=8)
             axes.set_yticks([])
             axes.spines["left"].set_visible(False)
             axes.xaxis.set_major_locator(MaxNLocator(2))
             axes.tick_params(labelbottom=column == 0)  # the scale is the same along the row
-        grid[row, 0].set_ylim(top=1.35 * grid[row, 0].get_ylim()[1])
+        grid[row, 0].set_ylim(top=1.6 * grid[row, 0].get_ylim()[1])
         grid[row, 0].set_ylabel(method, rotation=0, ha="right", va="center")
     for axes, name in zip(grid[0], sets):
         axes.set_title(_set_title(name, groups, separator="\n"))
     explanation = (
-        "score (higher = more in-distribution); blue: in-distribution; number: FPR95 (lower is better)"
+        "score (higher = more in-distribution) · blue: in-distribution · number: FPR95 (lower is better)"
     )
     figure.supxlabel(explanation, fontsize=9)
     return figure
@@ -404,7 +403,8 @@ def himplos_mask(
     weight, mask = _array(head_weight).astype(float), _array(mask).astype(bool)
     if weight.shape != mask.shape:
         raise InputError(
-            f"Head weight {list(weight.shape)} and mask {list(mask.shape)} differ, expected both [C, D]; pass one mask row per class."
+            f"Head weight {list(weight.shape)} and mask {list(mask.shape)} differ, expected both [C, D]; "
+            "pass one mask row per class."
         )
     order = _feature_order(weight)
     shown = np.where(mask, weight, np.nan)[:, order]
@@ -413,9 +413,8 @@ def himplos_mask(
     _class_image(figure, top, shown, class_names, "head weight", _limit(weight))
     kept = 100 * mask.mean()
     top.set_title(f"kept: {kept:.0f} % of the features of a class; grey: masked")
-    bottom.fill_between(
-        np.arange(mask.shape[1]), mask.sum(axis=0)[order], step="mid", color=ID_COLOUR, linewidth=0
-    )
+    classes = mask.sum(axis=0)[order]
+    bottom.fill_between(np.arange(len(classes)), classes, step="mid", color=ID_COLOUR, linewidth=0)
     bottom.set(ylabel="classes\nkeeping it", xlabel="feature, ordered by the class that weights it most")
     bottom.set_ylim(0, len(weight))
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -434,10 +433,8 @@ def class_heatmap(
     values = _array(values).astype(float)
     figure = _new_figure(_class_height(len(values)) + 1.0, caption, title)
     axes = figure.subplots()
-    shown = values[:, _feature_order(values)]
-    _class_image(
-        figure, axes, shown, class_names, colour_label, _limit(values), one_sided=bool(values.min() >= 0)
-    )
+    shown, one_sided = values[:, _feature_order(values)], bool(values.min() >= 0)
+    _class_image(figure, axes, shown, class_names, colour_label, _limit(values), one_sided)
     axes.set_xlabel("feature, ordered by the class with its largest value")
     return figure
 
@@ -461,21 +458,13 @@ def logits_before_after(
             f"Found sets {list(before)} before and {list(after)} after; pass the same sets in the same order."
         )
     names = list(before)
-    quantities = {"largest logit": lambda z: z.max(axis=1), "energy score logsumexp": _logsumexp}
+    quantities = {"largest logit": lambda z: z.max(axis=1), "energy score": _logsumexp}
     figure = _new_figure(4.9, caption, title)
     for axes, (label, quantity) in zip(figure.subplots(2, 1), quantities.items()):
-        samples = [
-            [quantity(_array(logits[name]).astype(float)) for name in names] for logits in (before, after)
-        ]
+        samples = [[quantity(_array(z[name]).astype(float)) for name in names] for z in (before, after)]
         for values, side in zip(samples, ("low", "high")):
-            violins = axes.violinplot(
-                [_trim(value) for value in values],
-                positions=range(len(names)),
-                side=side,
-                widths=0.85,
-                showextrema=False,
-                points=120,
-            )
+            look = {"side": side, "widths": 0.85, "showextrema": False, "points": 120}
+            violins = axes.violinplot([_trim(value) for value in values], range(len(names)), **look)
             for index, body in enumerate(violins["bodies"]):
                 colour = "0.75" if side == "low" else (ID_COLOUR if index == 0 else _colour(index - 1))
                 body.set(facecolor=colour, alpha=1, edgecolor="0.3", linewidth=0.5)
@@ -490,6 +479,7 @@ def logits_before_after(
         axes.set_xticks(range(len(names)), ticks)
         axes.set_ylabel(f"{label}\n(higher = more ID)")
         axes.set_xlim(-0.6, len(names) - 0.4)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.grid(True, axis="y")
     handles = [
         Patch(facecolor="0.75", edgecolor="0.3", label="left half: before"),
@@ -531,32 +521,28 @@ def line_masks(
 
     height = _class_height(count)
     figure = _new_figure(height + 4.4, caption, title)
-    layout = figure.subplot_mosaic(
-        [["neurons", "neurons"], ["overlap", "weights"]], height_ratios=[height, 2.9]
-    )
+    rows = [["neurons", "neurons"], ["overlap", "weights"]]
+    layout = figure.subplot_mosaic(rows, height_ratios=[height, 2.9])
     axes = layout["neurons"]
     _rows_image(axes, ~mask[:, order], cmap="gray", norm=Normalize(-0.2, 1))
-    used = 100 * mask.any(axis=0).mean()
-    axes.set_title(
-        f"neurons kept (dark): {100 * mask.mean():.0f} % per class, {used:.0f} % by at least one class"
-    )
+    kept, used = 100 * mask.mean(), 100 * mask.any(axis=0).mean()
+    axes.set_title(f"neurons kept (dark): {kept:.0f} % per class, {used:.0f} % by at least one class")
     axes.set_xlabel("neuron, ordered by the first class that keeps it")
     _class_ticks(axes.yaxis, class_names, count, "predicted class")
-    for name, values, heading, label, column in (
-        (
-            "overlap",
+    panels = {
+        "overlap": (
             overlap,
             "neurons shared by two classes",
             "share of the row's neurons (%)",
             "other class",
         ),
-        ("weights", share, "head weights kept", "weights kept (%)", "logit"),
-    ):
+        "weights": (share, "head weights kept", "weights kept (%)", "logit"),
+    }
+    for name, (values, heading, label, column) in panels.items():
         axes = layout[name]
-        top = max(np.nanmax(values, initial=0), 1)
-        image = axes.imshow(
-            values, vmin=0, vmax=top, cmap=_with_grey("cividis"), aspect="auto", interpolation="nearest"
-        )
+        norm = Normalize(0, max(np.nanmax(values, initial=0), 1))
+        look = {"cmap": _with_grey("cividis"), "aspect": "auto", "interpolation": "nearest"}
+        image = axes.imshow(values, norm=norm, **look)
         figure.colorbar(image, ax=axes, label=label)
         if count <= 10:
             _write_values(axes, image, values, "{:.0f}")
@@ -594,13 +580,10 @@ def results_intervals(results: pd.DataFrame, *, caption: str, title: str = "") -
                 value, low, high = (rows[metric + end].mean() for end in ("", "_lo", "_hi"))
                 means.append(value)
                 y, colour = row - 0.4 + (index + 0.5) * lane, _colour(index)
-                axes.plot(
-                    [low, high], [y, y], color=colour, linewidth=1.2, solid_capstyle="butt", clip_on=False
-                )
+                look = {"color": colour, "clip_on": False}
+                axes.plot([low, high], [y, y], **look, linewidth=1.2, solid_capstyle="butt")
                 if several_seeds:
-                    axes.plot(
-                        rows[metric], np.full(len(rows), y), "|", color=colour, markersize=4, clip_on=False
-                    )
+                    axes.plot(rows[metric], np.full(len(rows), y), "|", **look, markersize=4)
                 axes.plot(value, y, **_set_marker(index, group), clip_on=False)
             y = row - 0.4 + (lanes - 0.5) * lane
             axes.plot(np.mean(means), y, "D", color="black", markersize=5, clip_on=False)
@@ -612,15 +595,13 @@ def results_intervals(results: pd.DataFrame, *, caption: str, title: str = "") -
     both[1].set_xlim(right=100)
     both[0].set_yticks(range(len(methods)), methods)
     handles = [
-        Line2D([], [], linestyle="", label=f"{name} ({group})", **_set_marker(index, group))
+        _dot(_colour(index), _marker(index), f"{name} ({group})", **_set_marker(index, group))
         for index, (name, group) in enumerate(sets.items())
     ]
-    handles.append(
-        Line2D([], [], linestyle="", marker="D", color="black", markersize=5, label="mean of the sets")
-    )
+    handles.append(_dot("black", "D", "mean of the sets"))
     handles.append(Line2D([], [], color="0.3", linewidth=1.2, label="95 % interval"))
     if several_seeds:
-        handles.append(Line2D([], [], linestyle="", marker="|", color="0.3", label="one seed"))
+        handles.append(_dot("0.3", "|", "one seed"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 
@@ -639,9 +620,8 @@ def results_heatmap(results: pd.DataFrame, metric: str = "fpr95", *, caption: st
     values = table.to_numpy(dtype=float)
     # a gap separates the sets from the means
     positions = [column + (0.25 if column >= len(sets) else 0) for column in range(values.shape[1])]
-    figure = _new_figure(
-        max(0.27 * len(table) + 0.9, 1.9), caption, title, width=min(WIDTH, 2.7 + 0.75 * values.shape[1])
-    )
+    height, width = max(0.27 * len(table) + 0.9, 1.9), min(WIDTH, 2.7 + 0.75 * values.shape[1])
+    figure = _new_figure(height, caption, title, width)
     axes = figure.subplots()
     lower_is_better = metric == "fpr95"
     colours = colormaps["cividis_r" if lower_is_better else "cividis"]
@@ -654,16 +634,8 @@ def results_heatmap(results: pd.DataFrame, metric: str = "fpr95", *, caption: st
         axes.add_patch(Rectangle((x - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
         if np.isfinite(value):
             weight = "bold" if rounded[row, column] == best[column] else "normal"
-            axes.text(
-                x,
-                row,
-                f"{value:.1f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color=_ink(colour),
-                fontweight=weight,
-            )
+            look = {"ha": "center", "va": "center", "fontsize": 8, "color": _ink(colour)}
+            axes.text(x, row, f"{value:.1f}", **look, fontweight=weight)
     axes.set(xlim=(-0.5, positions[-1] + 0.5), ylim=(len(table) - 0.5, -0.5))
     names = [
         textwrap.fill(name, 11) + f"\n({sets[name]})" if name in sets else name.replace(" ", "\n")
@@ -673,9 +645,8 @@ def results_heatmap(results: pd.DataFrame, metric: str = "fpr95", *, caption: st
     axes.set_yticks(range(len(table)), table.index)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
-    figure.colorbar(
-        ScalarMappable(norm, colours), ax=axes, label=_metric_label(metric).replace(", ", ",\n"), pad=0.02
-    )
+    label = _metric_label(metric).replace(", ", ",\n")
+    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=label, pad=0.02)
     return figure
 
 
@@ -693,23 +664,19 @@ def ranking(results: pd.DataFrame, metric: str = "fpr95", *, caption: str, title
     axes = figure.subplots()
     for place, (method, mean) in enumerate(mean_rank.items(), start=1):
         colour = [ID_COLOUR, *COLOURS][(place - 1) % (1 + len(COLOURS))]
-        ys = [*ranks.loc[method], place]
+        look = {"color": colour, "marker": _marker(place - 1), "markersize": 7, "clip_on": False}
+        axes.plot(range(len(sets)), ranks.loc[method], **look)
         axes.plot(
-            range(len(ys) - 1), ys[:-1], color=colour, marker=_marker(place - 1), markersize=7, clip_on=False
+            [len(sets) - 1, len(sets)], [ranks.loc[method].iloc[-1], place], color=colour, linestyle=":"
         )
-        axes.plot(
-            [len(ys) - 2, len(ys) - 1], ys[-2:], color=colour, linestyle=":", linewidth=1, clip_on=False
-        )
-        axes.plot(len(ys) - 1, place, _marker(place - 1), color=colour, markersize=7, clip_on=False)
-        axes.annotate(
-            f"{method} ({mean:.1f})", (len(ys) - 1, place), (8, 0), textcoords="offset points", va="center"
-        )
+        axes.plot(len(sets), place, **look)
+        text = f"{method} ({mean:.1f})"
+        axes.annotate(text, (len(sets), place), (8, 0), textcoords="offset points", va="center")
     axes.set_xlim(-0.2, len(sets) + 0.05)
     axes.set_ylim(len(ranks) + 0.4, 0.6)
     axes.set_yticks(range(1, len(ranks) + 1))
-    axes.set_xticks(
-        range(len(sets) + 1), [f"{name}\n({group})" for name, group in sets.items()] + ["order by\nmean rank"]
-    )
+    columns = [f"{textwrap.fill(name, 14)}\n({group})" for name, group in sets.items()]
+    axes.set_xticks(range(len(sets) + 1), [*columns, "order by\nmean rank"])
     axes.set_ylabel(f"rank by {METRICS[metric][0]} (1 = best)")
     axes.grid(True, axis="x")
     return figure
@@ -746,22 +713,10 @@ def published_comparison(results: pd.DataFrame, *, caption: str, title: str = ""
             value, reference = row[metric], row[f"published_{metric}"]
             if np.isfinite(reference):
                 axes.plot([value, reference], [y, y], color="0.8", linewidth=1, zorder=1, clip_on=False)
-                axes.plot(
-                    reference,
-                    y,
-                    "D",
-                    markerfacecolor="white",
-                    markeredgecolor="#D55E00",
-                    markersize=5,
-                    clip_on=False,
-                )
-            axes.plot(
-                [row[f"{metric}_lo"], row[f"{metric}_hi"]],
-                [y, y],
-                color=ID_COLOUR,
-                linewidth=2,
-                clip_on=False,
-            )
+                look = {"markerfacecolor": "none", "markeredgecolor": PUBLISHED_COLOUR, "markersize": 6}
+                axes.plot(reference, y, "D", **look, zorder=3, clip_on=False)
+            interval = [row[f"{metric}_lo"], row[f"{metric}_hi"]]
+            axes.plot(interval, [y, y], color=ID_COLOUR, linewidth=2, clip_on=False)
             axes.plot(value, y, "o", color=ID_COLOUR, markersize=4.5, clip_on=False)
         for place, method in enumerate(methods):
             if place % 2 == 0:
@@ -776,27 +731,12 @@ def published_comparison(results: pd.DataFrame, *, caption: str, title: str = ""
     both[0].set_yticks(rows, [name for _, name in pairs])
     for method in methods:
         own = [y for y, pair in zip(rows, pairs) if pair[0] == method]
-        both[1].annotate(
-            method,
-            (1, np.mean(own)),
-            (6, 0),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            va="center",
-        )
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+        both[1].annotate(method, (1, np.mean(own)), (7, 0), **place)
+    measured = {"color": ID_COLOUR, "marker": "o", "markersize": 4.5, "linewidth": 2}
     handles = [
-        Line2D(
-            [], [], color=ID_COLOUR, marker="o", markersize=4.5, linewidth=2, label="measured, 95 % interval"
-        ),
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker="D",
-            markerfacecolor="none",
-            markeredgecolor="#D55E00",
-            label="published",
-        ),
+        Line2D([], [], **measured, label="measured, 95 % interval"),
+        _dot(PUBLISHED_COLOUR, "D", "published", markerfacecolor="none"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
@@ -813,15 +753,8 @@ def _new_figure(height: float, caption: str, title: str, width: float = WIDTH) -
     figure = NotebookFigure(figsize=(width, height), dpi=110, layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - strip / height), h_pad=0.05, w_pad=0.05)
     figure.text(0.05 / width, 1 - 0.05 / height, title, ha="left", va="top", fontsize=9.5, fontweight="bold")
-    figure.text(
-        1 - 0.05 / width,
-        1 - (0.06 + 0.17 * (lines - 1)) / height,
-        caption,
-        ha="right",
-        va="top",
-        fontsize=8,
-        color="0.4",
-    )
+    top = 1 - (0.06 + 0.17 * (lines - 1)) / height
+    figure.text(1 - 0.05 / width, top, caption, ha="right", va="top", fontsize=8, color="0.4")
     return figure
 
 
@@ -878,8 +811,11 @@ def _set_marker(index: int, group: str) -> dict[str, Any]:
     }
 
 
-def _dot(colour: str, marker: str, label: str) -> Line2D:
-    return Line2D([], [], linestyle="", marker=marker, color=colour, markersize=5, label=label)
+def _dot(colour: str, marker: str, label: str, /, **look: Any) -> Line2D:
+    """A legend entry without a line."""
+    return Line2D(
+        [], [], **{"linestyle": "", "marker": marker, "color": colour, "markersize": 5} | look, label=label
+    )
 
 
 def _ood_entry(sets: Mapping[str, Any], marker: str = "s") -> tuple[str, str, str]:
@@ -948,7 +884,7 @@ def _with_grey(name: str) -> Any:
 
 
 def _class_height(count: int) -> float:
-    return float(np.clip(0.2 * count, 0.8, 4.0))
+    return float(np.clip(0.2 * count, 1.1, 4.0))
 
 
 def _class_image(
@@ -964,17 +900,19 @@ def _class_image(
     norm = Normalize(0, limit) if one_sided else TwoSlopeNorm(0, -limit, limit)
     cmap = _with_grey("viridis" if one_sided else "RdBu_r")
     image = _rows_image(axes, values, cmap=cmap, norm=norm)
-    figure.colorbar(image, ax=axes, label=label, extend="max" if one_sided else "both", pad=0.02)
+    extend = "max" if one_sided else "both"
+    figure.colorbar(image, ax=axes, label=label, extend=extend, ticks=MaxNLocator(5), pad=0.02)
     _class_ticks(axes.yaxis, class_names, len(values), "class")
 
 
 def _rows_image(axes: Axes, values: np.ndarray, **colours: Any) -> Any:
-    """values [C, D] as an image with sharp rows, whose columns are averaged (as colours) where pixels are fewer."""
+    """values [C, D] as an image; where there are more columns than pixels, their colours are averaged."""
     height, width = values.shape
-    # the smoothing works in both directions; on repeated rows it stays invisible between the classes
-    repeated = np.repeat(values, -(-400 // height), axis=0)
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    return axes.imshow(repeated, aspect="auto", extent=extent, interpolation_stage="rgba", **colours)
+    look = {"aspect": "auto", "extent": (-0.5, width - 0.5, height - 0.5, -0.5)} | colours
+    if width <= 500:
+        return axes.imshow(values, interpolation="nearest", **look)
+    # the averaging blurs rows as well; on repeated rows that stays invisible
+    return axes.imshow(np.repeat(values, -(-400 // height), axis=0), interpolation_stage="rgba", **look)
 
 
 def _class_ticks(axis: Any, class_names: Sequence[str] | None, count: int, label: str) -> None:

@@ -1,5 +1,6 @@
 """The environment files agree, and notebooks are committed without outputs."""
 
+import ast
 import re
 import tomllib
 
@@ -74,5 +75,8 @@ def test_notebooks_are_committed_without_outputs_and_with_parameters(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
-    for name in re.findall(r'(?:save_figure|export_tables)\([^"]*?"(\w+)"', "\n".join(cell.source for cell in code)):
-        assert name.startswith(path.stem), f"the output {name} does not start with its notebook's name"
+    source = "\n".join(cell.source for cell in code)
+    for call in ast.walk(ast.parse(source)):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("save_figure", "export_tables"):
+            name = call.args[1].value
+            assert name.startswith(path.stem), f"the output {name} does not start with its notebook's name"

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 
 from ood_helpers.detectors.base import Detector
 from ood_helpers.detectors.energy import energy_score
@@ -38,7 +38,7 @@ class HIMPLoS(Detector):
     -------
     prototypes_ : mu [C, D] float64
 
-    Memory: three arrays [n, D] for the n samples of a shard.
+    Memory: two arrays [n, D] beside the n samples of a shard.
     """
 
     percentile: float = 60.0
@@ -97,8 +97,9 @@ class HIMPLoS(Detector):
         return self.head_.to(features).logits(features)
 
     def _prototype_cosines(self, shard: FeatureBank) -> Tensor:
-        prototypes = self.prototypes_.to(shard.features)[shard.logits.argmax(dim=1)]
-        return cosine_similarity(prototypes, shard.features, dim=1, eps=1e-8)
+        unit_prototypes = normalize(self.prototypes_, dim=1, eps=1e-8).to(shard.features)
+        projections = torch.einsum("nd,nd->n", shard.features, unit_prototypes[shard.logits.argmax(dim=1)])
+        return projections / shard.features.norm(dim=1).clamp(min=1e-8)
 
     def _smoothed_logits(self, shard: FeatureBank) -> Tensor:
         logits = self._masked_logits(shard)

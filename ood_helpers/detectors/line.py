@@ -121,15 +121,13 @@ class LINe(Detector):
     def _pruned_logits(self, shard: FeatureBank) -> Tensor:
         head = self.head_.to(shard.features)
         clipped = shard.features if self.delta is None else shard.features.clamp(max=self.delta)
-        return line_logits(
-            clipped,
-            head,
-            importance=self.contributions_.to(head.weight).abs(),
-            activation_mask=None
-            if self.activation_percentile is None
-            else self.activation_mask().to(head.weight.device),
-            weight_floors=None if self.weight_percentile is None else self._weight_floors(head.weight),
-        )
+        importance = self.contributions_.to(head.weight).abs()
+        activation_mask = weight_floors = None
+        if self.activation_percentile is not None:
+            activation_mask = self.activation_mask().to(head.weight.device)
+        if self.weight_percentile is not None:
+            weight_floors = self._weight_floors(head.weight)
+        return line_logits(clipped, head, importance, activation_mask, weight_floors)
 
     def _score(self, shard: FeatureBank) -> Tensor:
         return energy_score(self._pruned_logits(shard))

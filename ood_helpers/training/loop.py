@@ -89,7 +89,7 @@ def train(
         _load_weights(network, weights_path, signature)
         state_path.unlink(missing_ok=True)
         network.eval()
-        return pd.read_csv(history_path, float_precision="round_trip")
+        return pd.read_csv(history_path)
 
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if not trainable:
@@ -141,14 +141,13 @@ def train(
             bar.set_postfix(shown, refresh=False)
             bar.update()
 
-    frame = pd.DataFrame(history)
-    write_text(history_path, frame.to_csv(index=False))
+    write_text(history_path, pd.DataFrame(history).to_csv(index=False))
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     with atomic_path(weights_path) as temporary:
         safetensors.torch.save_file(weights, temporary, metadata={"training": signature})
     state_path.unlink(missing_ok=True)
     network.eval()
-    return frame
+    return pd.read_csv(history_path)
 
 
 def _schedule(

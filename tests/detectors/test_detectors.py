@@ -332,3 +332,22 @@ def test_a_sample_alone_scores_as_in_company():
             [detector.score_samples(make_bank(bank.features[i : i + 1], head)) for i in range(8)]
         )
         assert_allclose(alone, detector.score_samples(bank), atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@every_detector
+def test_cuda_agrees_with_the_cpu(name, dtype):
+    """A bank on the GPU with a detector fitted from the CPU, and one fitted from the GPU."""
+    train, head, bank = random_problem(10, 342, 200)
+    train, head, bank = cast(train, dtype), head.to(dtype), cast(bank, dtype)
+    expected = create(name).fit(train, head).score_samples(bank)
+    cuda = FeatureBank(bank.features.cuda(), bank.logits.cuda())
+    cuda_train = FeatureBank(train.features.cuda(), train.logits.cuda(), train.labels.cuda())
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-12
+    for detector in (create(name).fit(train, head), create(name).fit(cuda_train, head.to("cuda"))):
+        scores = detector.score_samples(cuda)
+        assert scores.is_cuda
+        assert_allclose(scores.cpu(), expected, rtol=tolerance, atol=tolerance)
+        assert (detector.predict(cuda, detector.threshold(scores)) == 1).sum() == 190

@@ -14,10 +14,10 @@ LEVELS = [0, 1, 7, 12.5, 50, 60, 90, 99.9, 100]
 def test_as_numpy(q, shape):
     values = np.random.default_rng(0).normal(size=shape)
     tensor = torch.from_numpy(values)
-    np.testing.assert_allclose(percentile(tensor, q), np.percentile(values, q), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(percentile(tensor, q), np.percentile(values, q), rtol=0, atol=1e-12)
     for dim in (0, 1):
         np.testing.assert_allclose(
-            percentile(tensor, q, dim), np.percentile(values, q, axis=dim), rtol=0, atol=1e-14
+            percentile(tensor, q, dim), np.percentile(values, q, axis=dim), rtol=0, atol=1e-12
         )
 
 

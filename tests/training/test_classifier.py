@@ -56,7 +56,7 @@ def run(directory, network=None, train=None, validation=None, transform=TRANSFOR
 
 def test_learns_and_reports(tmp_path):
     network, validation = make_network(), Pictures(30, 1)
-    history = run(tmp_path, network, validation=validation)
+    history = run(tmp_path, network, validation=validation, epochs=8)
     assert history.columns.tolist() == (
         ["epoch", "learning_rate", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
     )

@@ -1,0 +1,212 @@
+"""Feature banks: one pass, shards, resuming, damage, streaming statistics."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ood_helpers.backbones import Classifier
+from ood_helpers.config import FeaturesConfig
+from ood_helpers.data import ImageSet, Transform
+from ood_helpers.errors import InputError
+from ood_helpers.features import (
+    FeatureBank,
+    Head,
+    StoredBank,
+    accuracy,
+    activation_percentile,
+    bank_key,
+    class_means,
+    extract,
+    resolve_device,
+    shard_path,
+)
+
+TRANSFORM = Transform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+OPTIONS = FeaturesConfig(batch_size=4, shard_batches=2)  # 8 images a shard
+
+
+class Tiny(Classifier):
+    """A convolution, pooling and a head; counts its forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 5, 3, padding=1)
+        self.head = nn.Linear(5, 3)
+        self.images_seen = 0
+
+    def feature_map(self, images):
+        self.images_seen += len(images)
+        return self.convolution(images).relu()
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return Tiny()
+
+
+def image_set(count=21, seed=0, labels=True):
+    generator = np.random.default_rng(seed)
+    array = generator.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
+    return ImageSet("made", "made by the test", array=array, labels=generator.integers(0, 3, count) if labels else None)
+
+
+def test_a_bank_equals_a_plain_forward_pass(network, tmp_path):
+    images = image_set()
+    bank = extract(network, images, TRANSFORM, tmp_path, OPTIONS)
+    inputs = TRANSFORM.normalise(torch.from_numpy(images.array).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        features = network.features(inputs)
+    loaded = bank.load()
+    torch.testing.assert_close(loaded.features, features)
+    torch.testing.assert_close(loaded.logits, network.head(features).detach())
+    torch.testing.assert_close(loaded.logits, Head.of(network).logits(loaded.features))
+    assert loaded.labels.tolist() == images.labels.tolist()
+    assert [len(shard) for shard in bank.shards()] == [8, 8, 5]
+    assert bank.record["images"] == len(bank) == 21
+    predicted = network.head(features).argmax(1).numpy()
+    assert accuracy(bank) == pytest.approx(100 * (predicted == images.labels).mean())
+
+
+def test_images_pass_once_however_often_the_bank_is_opened(network, tmp_path):
+    for _ in range(3):
+        extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS)
+    assert network.images_seen == 21
+
+
+def test_an_interrupted_pass_goes_on_at_the_next_shard_with_the_same_numbers(network, tmp_path):
+    images, seen = image_set(), []
+
+    class Interrupted(Tiny):
+        def feature_map(self, inputs):
+            if sum(seen) >= 12:
+                raise KeyboardInterrupt
+            seen.append(len(inputs))
+            return super().feature_map(inputs)
+
+    broken = Interrupted()
+    broken.load_state_dict(network.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        extract(broken, images, TRANSFORM, tmp_path / "a", OPTIONS)
+    assert StoredBank.open(tmp_path / "a") is None
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["shard-00000.safetensors"]
+    resumed = extract(network, images, TRANSFORM, tmp_path / "a", OPTIONS).load()
+    assert network.images_seen == 13
+    whole = extract(network, images, TRANSFORM, tmp_path / "b", OPTIONS).load()
+    assert torch.equal(resumed.features, whole.features) and torch.equal(resumed.logits, whole.logits)
+
+
+def test_a_shard_cut_in_half_is_named_and_only_it_is_computed_anew(network, tmp_path):
+    bank = extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS)
+    before, path = bank.load(), shard_path(tmp_path, 1)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    for read in (lambda: StoredBank.open(tmp_path), lambda: extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS)):
+        with pytest.raises(InputError, match=r"shard-00001.safetensors is damaged .* delete it and run again"):
+            read()
+    path.unlink()
+    after = extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS).load()
+    assert network.images_seen == 21 + 8
+    assert torch.equal(before.features, after.features)
+
+
+def test_another_batch_size_in_the_middle_of_a_pass_is_refused(network, tmp_path):
+    extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS)
+    (tmp_path / "bank.json").unlink()
+    with pytest.raises(InputError, match="batch_size or shard_batches changed"):
+        extract(network, image_set(), TRANSFORM, tmp_path, FeaturesConfig(batch_size=3, shard_batches=2))
+
+
+def test_nan_outputs_stop_the_pass_and_leave_finished_shards(network, tmp_path):
+    extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS)
+    (tmp_path / "bank.json").unlink()
+    shard_path(tmp_path, 2).unlink()
+    with torch.no_grad():
+        network.convolution.bias[0] = float("nan")
+    with pytest.raises(InputError, match=r"NaN or infinite outputs for 5 of images 16 to 20 of made \(first: 16\)"):
+        extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS)
+    assert shard_path(tmp_path, 1).exists() and not shard_path(tmp_path, 2).exists()
+
+
+def test_taps_hold_the_pooled_outputs_of_modules(network, tmp_path):
+    options = FeaturesConfig(batch_size=4, shard_batches=2, taps=("convolution",))
+    bank = extract(network, image_set(labels=False), TRANSFORM, tmp_path, options).load()
+    inputs = TRANSFORM.normalise(torch.from_numpy(image_set().array).permute(0, 3, 1, 2))
+    torch.testing.assert_close(bank.taps["convolution"], network.convolution(inputs).mean((2, 3)).detach())
+    assert bank.labels is None
+    with pytest.raises(InputError, match="no module 'conv' to tap"):
+        extract(network, image_set(), TRANSFORM, tmp_path / "x", FeaturesConfig(taps=("conv",)))
+
+
+def test_the_key_changes_with_everything_the_numbers_depend_on(network):
+    keys = {bank_key(network, image_set(), TRANSFORM)}
+    keys.add(bank_key(network, image_set(seed=1), TRANSFORM))
+    keys.add(bank_key(network, image_set(count=20), TRANSFORM))
+    keys.add(bank_key(network, image_set(labels=False), TRANSFORM))
+    keys.add(bank_key(network, image_set(), Transform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.2))))
+    keys.add(bank_key(network, image_set(), TRANSFORM, taps=("convolution",)))
+    with torch.no_grad():
+        network.head.bias[0] += 1
+    keys.add(bank_key(network, image_set(), TRANSFORM))
+    assert len(keys) == 7
+
+
+def test_a_file_under_its_final_name_is_always_complete(network, tmp_path):
+    extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["bank.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
+    assert set(load_file(shard_path(tmp_path, 0))) == {"features", "logits", "labels"}
+
+
+def sharded(features, labels=None, pieces=3):
+    class Sharded:
+        def __len__(self):
+            return len(features)
+
+        def shards(self):
+            for index in torch.arange(len(features)).chunk(pieces):
+                yield FeatureBank(features[index], features[index], None if labels is None else labels[index])
+
+    return Sharded()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("percentile", [0, 10, 37.5, 90, 99.9, 100])
+def test_the_activation_percentile_is_numpys(dtype, percentile):
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(101, 7, dtype=dtype, generator=generator) * 10 ** torch.randn(101, 1, generator=generator).to(dtype)
+    features[::5] = 0.0
+    features[1, 0] = -0.0
+    expected = np.percentile(features.double().numpy(), percentile)
+    assert activation_percentile(sharded(features), percentile) == pytest.approx(expected, rel=1e-12, abs=1e-300)
+
+
+def test_class_means_stream_over_shards():
+    features, labels = torch.randn(50, 4), torch.arange(50) % 3
+    means, counts = class_means(sharded(features, labels), 4)
+    assert means.dtype == torch.float64 and counts.tolist() == [17, 17, 16, 0]
+    for label in range(3):
+        torch.testing.assert_close(means[label], features[labels == label].double().mean(0))
+    assert means[3].isnan().all()
+
+
+def test_class_means_need_labels_in_range():
+    with pytest.raises(InputError, match="no labels"):
+        class_means(sharded(torch.randn(5, 2)), 2)
+    with pytest.raises(InputError, match=r"expected 0 to 2"):
+        class_means(sharded(torch.randn(5, 2), torch.arange(5), 1), 3)
+
+
+def test_banks_and_heads_refuse_shapes_that_do_not_belong_together():
+    with pytest.raises(InputError, match="3 rows of features and 2 of labels"):
+        FeatureBank(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"expected \[C, D\] and \[C\]"):
+        Head(torch.zeros(3, 2), torch.zeros(2))
+
+
+def test_an_unusable_device_is_one_sentence():
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="Device 'cuad' cannot be used"):
+        resolve_device("cuad")

@@ -1,0 +1,123 @@
+"""The results table: published values, wide tables, export."""
+
+import pandas as pd
+import pytest
+
+from ood_helpers import results as results_module
+from ood_helpers.config import load_config
+from ood_helpers.results import (
+    COLUMNS,
+    PUBLISHED_PATH,
+    export_tables,
+    latex_table,
+    markdown_table,
+    published_values,
+    read_results,
+    wide_table,
+    write_results,
+)
+
+
+def rows(seeds=(0,)):
+    lines = []
+    values = {"MSP": {"far set": 40.0, "near_set": 60.0, "far two": 20.0}, "LINe": {"far set": 30.0, "near_set": 70.0, "far two": 20.02}}
+    for seed in seeds:
+        for method, by_set in values.items():
+            for ood_set, fpr in by_set.items():
+                line = dict.fromkeys(COLUMNS, None) | {
+                    "experiment": "made",
+                    "seed": seed,
+                    "method": method,
+                    "ood_set": ood_set,
+                    "group": "near" if ood_set.startswith("near") else "far",
+                    "n_id": 1000,
+                    "n_ood": 2000,
+                    "fpr95": fpr + 2 * seed,
+                    "fpr95_lo": fpr - 1.25,
+                    "fpr95_hi": fpr + 1.5,
+                    "auroc": 100 - fpr / 3,
+                    "auroc_lo": 99 - fpr / 3,
+                    "auroc_hi": 100.5 - fpr / 3,
+                    "id_accuracy": 94.1,
+                }
+                lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def test_the_columns_of_the_design_come_first_and_in_order():
+    design = (
+        "experiment, seed, method, ood_set, group, n_id, n_ood, fpr95, fpr95_lo, fpr95_hi, auroc, auroc_lo, auroc_hi, "
+        "aupr_in, aupr_out, detection_error, threshold95, id_accuracy, score_seconds, hyperparameters, published_fpr95, "
+        "published_auroc, published_source"
+    )
+    assert COLUMNS[: len(design.split(", "))] == design.split(", ")
+
+
+def test_results_survive_the_file(tmp_path):
+    write_results(rows(), tmp_path / "results.csv")
+    read = read_results(tmp_path / "results.csv")
+    assert list(read.columns) == COLUMNS
+    assert read.fpr95.tolist() == rows().fpr95.tolist()
+    assert (tmp_path / "results.csv").read_bytes().count(b"\r") == 0
+
+
+def test_wide_table_puts_near_first_and_adds_group_means():
+    table = wide_table(rows(), "fpr95")
+    assert list(table.columns) == ["near_set", "far set", "far two", "mean near", "mean far", "mean"]
+    assert list(table.index) == ["MSP", "LINe"]
+    assert table.loc["MSP"].tolist() == pytest.approx([60, 40, 20, 60, 30, 40])
+
+
+def test_markdown_shows_intervals_bold_and_ties_at_the_printed_digits():
+    text = markdown_table(rows(), "fpr95", missing=["LSUN-C"])
+    lines = text.splitlines()
+    assert lines[2].startswith("| MSP | **60.0 (58.8–61.5)** | 40.0 (38.8–41.5) | **20.0 (18.8–21.5)** |")
+    assert "| **20.0 (18.8–21.5)** |" in lines[3]
+    assert lines[0].endswith("| LSUN-C |") and lines[2].endswith("| missing |")
+    assert "Without LSUN-C: not found and skipped." in text
+
+
+def test_auroc_is_best_when_highest():
+    assert "| LINe | 76.7 (75.7–77.2) | **90.0 (89.0–90.5)** |" in markdown_table(rows(), "auroc")
+
+
+def test_several_seeds_show_their_spread():
+    text = markdown_table(rows(seeds=(0, 1)), "fpr95")
+    assert "61.0 ± 1.4" in text and "(58.8" not in text and "seeds 0, 1" in text
+
+
+def test_latex_escapes_and_marks_the_best():
+    text = latex_table(rows(), "fpr95")
+    assert r"near\_set" in text and r"\textbf{60.0 (58.8--61.5)}" in text and r"95 \% bootstrap" in text
+    assert text.count(r"\\") == 3  # the head and two methods
+
+
+def test_export_writes_three_formats_of_two_metrics(tmp_path):
+    paths = export_tables(rows(), tmp_path, "30_results", missing=["iSUN"])
+    assert sorted(path.name for path in paths) == sorted(
+        f"30_results_{metric}.{suffix}" for metric in ("fpr95", "auroc") for suffix in ("csv", "md", "tex")
+    )
+    assert "iSUN" in (tmp_path / "30_results_fpr95.csv").read_text()
+
+
+def test_published_values_are_found_only_for_the_same_network_and_set():
+    published = load_config("cifar10_npz").published
+    found = published_values(published, "ReAct", "SVHN")
+    table = pd.read_csv(PUBLISHED_PATH)
+    row = table[
+        (table.method == "ReAct") & (table.ood_set == "SVHN") & table.id_set.eq("CIFAR-10") & table.architecture.str.startswith("DenseNet-101 (DICE")
+    ].iloc[0]
+    assert (found["published_fpr95"], found["published_auroc"]) == (row.fpr95, row.auroc)
+    assert "CADRef" in found["published_source"]
+    nothing = dict.fromkeys(found)
+    assert published_values(published, "ReAct", "CIFAR-100") == nothing
+    assert published_values(published, "HIMPLoS", "SVHN") == nothing
+    assert published_values(None, "ReAct", "SVHN") == nothing
+
+
+def test_published_rates_are_percentages():
+    table = pd.read_csv(results_module.PUBLISHED_PATH)
+    assert len(table) > 300 and table.source.notna().all()
+    rates = table[["fpr95", "auroc"]]
+    assert ((rates >= 0) & (rates <= 100) | rates.isna()).all().all()
+    assert rates.max().min() > 1
