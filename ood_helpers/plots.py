@@ -571,7 +571,7 @@ def results_intervals(results: pd.DataFrame, *, caption: str, title: str = "") -
         for row, method in enumerate(methods):
             of_method = results[results.method == method]
             if row % 2 == 0:
-                axes.axhspan(row - 0.5, row + 0.5, color="0.95", linewidth=0)
+                axes.axhspan(row - 0.5, row + 0.5, color="0.95", linewidth=0, zorder=0)
             means = []
             for index, (name, group) in enumerate(sets.items()):
                 rows = of_method[of_method.ood_set == name]
@@ -589,7 +589,8 @@ def results_intervals(results: pd.DataFrame, *, caption: str, title: str = "") -
             axes.plot(np.mean(means), y, "D", color="black", markersize=5, clip_on=False)
         axes.set_xlabel(_metric_label(metric))
         axes.grid(True, axis="x", color="0.85")
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, pad=7)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.set_ylim(len(methods) - 0.5, -0.5)
     both[0].set_xlim(left=0)
     both[1].set_xlim(right=100)
@@ -721,11 +722,12 @@ def published_comparison(results: pd.DataFrame, *, caption: str, title: str = ""
         for place, method in enumerate(methods):
             if place % 2 == 0:
                 own = [y for y, pair in zip(rows, pairs) if pair[0] == method]
-                axes.axhspan(own[0] - 0.8, own[-1] + 0.8, color="0.95", linewidth=0)
+                axes.axhspan(own[0] - 0.8, own[-1] + 0.8, color="0.95", linewidth=0, zorder=0)
         axes.set_xlabel(_metric_label(metric))
         axes.grid(True, axis="x", color="0.85")
         axes.set_ylim(rows[-1] + 0.8, -0.8)
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, pad=7)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     both[0].set_xlim(left=0)
     both[1].set_xlim(right=100)
     both[0].set_yticks(rows, [name for _, name in pairs])

@@ -23,7 +23,11 @@ def test_levels_are_those_of_sixteen_pixels():
 
 def test_digit_splits_partition_scikit_learns_digits():
     splits = {split: embedded.digits(split) for split in ("train", "validation", "test")}
-    assert {split: len(labels) for split, (_, labels) in splits.items()} == {"train": 1000, "validation": 197, "test": 600}
+    assert {split: len(labels) for split, (_, labels) in splits.items()} == {
+        "train": 1000,
+        "validation": 197,
+        "test": 600,
+    }
     together = np.concatenate([array for array, _ in splits.values()])[..., 0]
     originals = embedded.LEVELS[load_digits().images.astype(int)]
     assert sorted(image.tobytes() for image in together) == sorted(image.tobytes() for image in originals)
@@ -43,9 +47,15 @@ def test_digit_splits_are_stratified(split, size):
 
 @pytest.mark.parametrize("name", embedded.GENERATORS)
 def test_ood_sets(name, cache):
-    first = open_image_set(EmbeddedImages(source="embedded", set=name, count=150, seed=3), name, cache_dir=cache)
-    again = open_image_set(EmbeddedImages(source="embedded", set=name, count=150, seed=3), name, cache_dir=cache)
-    other = open_image_set(EmbeddedImages(source="embedded", set=name, count=150, seed=4), name, cache_dir=cache)
+    first = open_image_set(
+        EmbeddedImages(source="embedded", set=name, count=150, seed=3), name, cache_dir=cache
+    )
+    again = open_image_set(
+        EmbeddedImages(source="embedded", set=name, count=150, seed=3), name, cache_dir=cache
+    )
+    other = open_image_set(
+        EmbeddedImages(source="embedded", set=name, count=150, seed=4), name, cache_dir=cache
+    )
     assert first.array.shape == (150, 8, 8, 3) and first.array.dtype == np.uint8
     assert first.labels is None and first.class_names is None
     assert set(np.unique(first.array)) == set(embedded.LEVELS), "all 17 levels of the digits and no other"
@@ -93,7 +103,9 @@ def test_chimeras_join_test_digits_of_different_classes():
 
 
 def test_digits_as_image_set(cache):
-    digits = open_image_set(EmbeddedImages(source="embedded", set="digits", split="test"), "digits", cache_dir=cache)
+    digits = open_image_set(
+        EmbeddedImages(source="embedded", set="digits", split="test"), "digits", cache_dir=cache
+    )
     assert digits.class_names == tuple("0123456789") and digits.name == "digits"
     assert "test" in digits.source
     assert digits.image(0).mode == "RGB" and digits.image(0).size == (8, 8)

@@ -16,7 +16,9 @@ from ood_helpers.errors import InputError, MissingDataError
 
 def array_set(**changes) -> ImageSet:
     array = np.arange(5 * 2 * 2 * 3, dtype=np.uint8).reshape(5, 2, 2, 3)
-    return ImageSet(**{"name": "set", "source": "memory", "array": array, "labels": np.arange(5) % 2, **changes})
+    return ImageSet(
+        **{"name": "set", "source": "memory", "array": array, "labels": np.arange(5) % 2, **changes}
+    )
 
 
 def open_folder(path, cache, **options) -> ImageSet:
@@ -103,7 +105,7 @@ def test_fingerprint_of_a_vanished_file(class_folders, cache):
 
 
 def test_many_files_are_mapped_in_order(class_folders, cache, monkeypatch):
-    original = open_folder(class_folders, None or cache).fingerprint
+    original = open_folder(class_folders, cache).fingerprint
     monkeypatch.setattr(module, "FILES_AT_ONCE", 2)
     assert open_folder(class_folders, cache / "new").fingerprint == original
 
@@ -112,7 +114,12 @@ def test_many_files_are_mapped_in_order(class_folders, cache, monkeypatch):
 def test_unreadable_image_is_named_and_can_be_skipped(class_folders, cache, damage):
     path = class_folders / "ape" / "b.png"
     content = path.read_bytes()
-    broken = {"truncated": content[:60], "text": b"no image", "empty": b"", "broken chunk": content[:20] + b"x" * 60}
+    broken = {
+        "truncated": content[:60],
+        "text": b"no image",
+        "empty": b"",
+        "broken chunk": content[:20] + b"x" * 60,
+    }
     path.write_bytes(broken[damage])
     images = open_folder(class_folders, cache)
     with pytest.raises(InputError, match=r"ape.b\.png.*--skip-unreadable"):

@@ -31,7 +31,9 @@ def photos(sizes, tmp_path) -> ImageSet:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(50, 37), (20, 61), (32, 32), (9, 9)])
-@pytest.mark.parametrize(("resize", "crop"), [(32, 32), (24, None), ((32, 32), None), ((20, 40), 16), (None, 32), (16, 21)])
+@pytest.mark.parametrize(
+    ("resize", "crop"), [(32, 32), (24, None), ((32, 32), None), ((20, 40), 16), (None, 32), (16, 21)]
+)
 def test_equals_torchvision(size, resize, crop, interpolation):
     steps = [T.Resize(resize, InterpolationMode(interpolation))] if resize else []
     steps += [T.CenterCrop(crop)] if crop else []
@@ -79,7 +81,13 @@ def test_normalise_equals_torchvision_and_denormalise_inverts_it():
 
 def test_fingerprint_covers_every_setting():
     settings = {"resize": 32, "crop": 28, "interpolation": "bicubic", **STATISTICS}
-    changes = {"resize": (32, 32), "crop": 27, "interpolation": "bilinear", "mean": (0.5, 0.4822, 0.4465), "std": (1, 1, 1)}
+    changes = {
+        "resize": (32, 32),
+        "crop": 27,
+        "interpolation": "bilinear",
+        "mean": (0.5, 0.4822, 0.4465),
+        "std": (1, 1, 1),
+    }
     fingerprints = {Transform(**{**settings, key: value}).fingerprint for key, value in changes.items()}
     assert len(fingerprints | {Transform(**settings).fingerprint}) == 6
     assert Transform(**dict(Transform(**settings))).fingerprint == Transform(**settings).fingerprint

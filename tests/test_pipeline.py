@@ -1,0 +1,334 @@
+"""Experiments: the stages, what is kept, the guards, and interruption at any point."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from ood_helpers.config import CONFIG_DIRECTORY, PROJECT_ROOT
+from ood_helpers.errors import InputError, MissingDataError
+from ood_helpers.features import shard_path
+from ood_helpers.pipeline import Experiment
+from ood_helpers.results import COLUMNS
+
+SMALL = [
+    "backbone.training.epochs=2",
+    "backbone.depth=10",
+    "backbone.growth_rate=12",
+    "backbone.expected_accuracy=null",
+    "metrics.bootstrap_resamples=50",
+    "features={batch_size: 32, shard_batches: 2}",
+    *(f"ood.{name}.images.count=80" for name in ("letters", "chimeras", "photographs", "textures", "noise")),
+]
+
+
+def small(folder, *overrides, **options):
+    folders = {"run_dir": str(folder / "runs"), "figures_dir": str(folder / "figures")}
+    return Experiment.open("digits", **folders, overrides=[*SMALL, *overrides], device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small experiment with its results."""
+    folder = tmp_path_factory.mktemp("small")
+    run = small(folder)
+    return folder, run.collect_results()
+
+
+def test_every_method_has_a_row_for_every_set(finished):
+    _, table = finished
+    assert list(table.columns) == COLUMNS
+    assert list(table.method.unique()) == [
+        "MSP", "MaxLogit", "Energy", "ReAct", "DICE", "HIMPLoS", "HIM only", "PLoS only", "LINe",
+    ]  # fmt: skip
+    assert table.groupby("method").ood_set.nunique().eq(5).all()
+    assert (table.fpr95_lo <= table.fpr95).all() and (table.fpr95 <= table.fpr95_hi).all()
+    assert (table.auroc_lo <= table.auroc).all() and (table.auroc <= table.auroc_hi).all()
+    assert table.n_id.eq(600).all() and table.n_ood.eq(80).all()
+    assert table.data_sha256.nunique() == 5
+
+
+def test_a_second_run_reads_what_is_there(finished, monkeypatch):
+    folder, table = finished
+    run = small(folder)
+    monkeypatch.setattr(type(run.network), "feature_map", lambda *_: pytest.fail("a forward pass"))
+    monkeypatch.setattr("ood_helpers.detectors.base.Detector.fit", lambda *_: pytest.fail("a fit"))
+    pd.testing.assert_frame_equal(run.collect_results(), table)
+
+
+def test_the_same_seed_gives_the_same_table_from_nothing(finished, tmp_path):
+    _, table = finished
+    again = small(tmp_path).collect_results()
+    pd.testing.assert_frame_equal(
+        again.drop(columns="score_seconds"), table.drop(columns="score_seconds"), check_exact=True
+    )
+
+
+def test_another_seed_trains_another_network(finished):
+    folder, table = finished
+    other = small(folder).with_seed(1).results(["energy"])
+    assert other.seed.eq(1).all()
+    assert other.fpr95.tolist() != table[table.method == "Energy"].fpr95.tolist()
+
+
+def test_a_changed_hyper_parameter_is_scored_anew_without_a_new_pass(finished, monkeypatch):
+    folder, table = finished
+    run = small(folder, "himplos.percentile=10")
+    monkeypatch.setattr(type(run.network), "feature_map", lambda *_: pytest.fail("a forward pass"))
+    changed = run.results(["himplos", "line"])
+    for method, same in (("HIMPLoS", False), ("LINe", True)):
+        thresholds = [frame[frame.method == method].threshold95.tolist() for frame in (changed, table)]
+        assert (thresholds[0] == thresholds[1]) is same
+
+
+def test_scores_match_the_results(finished):
+    folder, table = finished
+    run = small(folder)
+    id_scores, ood_scores = run.scores("energy")
+    assert len(id_scores) == 600 and set(ood_scores) == set(run.ood_groups)
+    row = table[(table.method == "Energy") & (table.ood_set == "noise")].iloc[0]
+    assert 100 * np.mean(ood_scores["noise"] >= row.threshold95) == pytest.approx(row.fpr95)
+
+
+def test_a_damaged_score_file_is_computed_anew(finished):
+    folder, table = finished
+    run = small(folder)
+    path = run.seed_directory / "scores" / "msp.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    pd.testing.assert_frame_equal(
+        run.results(["msp"]).drop(columns="score_seconds"),
+        table[table.method == "MSP"].reset_index(drop=True).drop(columns="score_seconds"),
+    )
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_pipeline import small
+small(Path(sys.argv[2])).collect_results()
+print("finished")
+"""
+
+
+def test_killed_at_any_point_and_started_again_ends_in_the_same_table(finished, tmp_path):
+    folder, _ = finished
+    generator, kills = random.Random(7), 0
+    command = [sys.executable, "-c", SCRIPT, str(PROJECT_ROOT / "tests"), str(tmp_path)]
+    for wait in (None, None, None, 300):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        if wait is None:
+            begin = time.monotonic()
+            while not any(tmp_path.iterdir()) and process.poll() is None and time.monotonic() - begin < 60:
+                time.sleep(0.02)
+            time.sleep(generator.uniform(0.1, 2.5))
+            kills += process.poll() is None
+            os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
+            process.wait()
+        else:
+            assert process.communicate(timeout=wait)[0].strip() == "finished"
+    assert kills
+    for folder_of in (folder, tmp_path):
+        assert (folder_of / "runs" / "digits" / "results.csv").exists()
+    files = [pd.read_csv(f / "runs" / "digits" / "results.csv", dtype=str) for f in (folder, tmp_path)]
+    pd.testing.assert_frame_equal(
+        files[0].drop(columns="score_seconds"), files[1].drop(columns="score_seconds")
+    )
+
+
+# ---- wrong inputs: one sentence each, nothing lost --------------------------------------------------------
+
+
+def npz_experiment(folder):
+    """A digits experiment whose sets are npz files and whose network is a checkpoint the test can spoil."""
+    source = small(folder)
+    data = folder / "data"
+    data.mkdir(exist_ok=True)
+    for name in ("train", "test", "letters", "noise"):
+        image_set = source.image_set(name)
+        arrays = {"images": np.asarray(image_set.array)}
+        if image_set.labels is not None and name in ("train", "test"):
+            arrays |= {"labels": image_set.labels, "class_names": np.array([str(i) for i in range(10)])}
+        np.savez_compressed(data / f"{name}.npz", **arrays)
+    torch.save({"state_dict": source.network.cpu().state_dict()}, data / "weights.pth")
+    config = yaml.safe_load((CONFIG_DIRECTORY / "digits.yaml").read_text())
+    npz = {
+        name: {"source": "npz", "path": "${data_root}/" + f"{name}.npz"}
+        for name in ("train", "test", "letters", "noise")
+    }
+    config |= {
+        "name": "spoilt",
+        "id": {"name": "digits", "num_classes": 10, "class_names": [str(i) for i in range(10)], "train": npz["train"], "test": npz["test"]},
+        "ood": [{"name": "letters", "group": "near", "images": npz["letters"]}, {"name": "noise", "group": "far", "images": npz["noise"]}],
+        "backbone": {
+            "architecture": "densenet_bc",
+            "depth": 10,
+            "growth_rate": 12,
+            "checkpoint": "${data_root}/weights.pth",
+            "expected_accuracy": source.id_accuracy,
+        },
+        "metrics": {"bootstrap_resamples": 20},
+    }  # fmt: skip
+    (folder / "spoilt.yaml").write_text(yaml.safe_dump(config))
+    return data
+
+
+@pytest.fixture
+def spoilt(finished, tmp_path):
+    """A data folder to spoil, and a way to open the experiment on it; banks of the good run are there to be kept."""
+    folder = finished[0]
+    data = npz_experiment(folder)
+    target = tmp_path / "data"
+    target.mkdir()
+    for path in data.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+
+    def open_experiment(**options):
+        return Experiment.open(
+            folder / "spoilt.yaml",
+            data_root=str(target),
+            run_dir=str(tmp_path / "runs"),
+            figures_dir=str(tmp_path),
+            device="cpu",
+            **options,
+        )
+
+    return target, open_experiment
+
+
+def one_sentence(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".")
+    return text
+
+
+def test_the_npz_experiment_works_before_it_is_spoilt(spoilt):
+    assert len(spoilt[1]().collect_results()) == 9 * 2
+
+
+def test_permuted_labels_are_caught_by_the_accuracy_guard_before_anything_is_scored(spoilt):
+    target, open_experiment = spoilt
+    with np.load(target / "test.npz") as arrays:
+        permuted = np.random.default_rng(0).permutation(10)[arrays["labels"]]
+        np.savez(target / "test.npz", images=arrays["images"], labels=permuted)
+    run = open_experiment()
+    with pytest.raises(InputError) as error:
+        run.results(["msp"])
+    text = one_sentence(error)
+    assert (
+        "ID accuracy of spoilt is" in text
+        and "label order" in text
+        and "normalisation" in text
+        and "checkpoint" in text
+    )
+    assert not run.seed_directory.exists()
+    assert run.bank("test").load().logits.shape == (600, 10)  # the pass is not lost
+
+
+def test_class_names_in_another_order_are_named(spoilt):
+    target, open_experiment = spoilt
+    with np.load(target / "train.npz") as arrays:
+        names = np.array(list("0132456789"))
+        np.savez(target / "train.npz", images=arrays["images"], labels=arrays["labels"], class_names=names)
+    with pytest.raises(InputError) as error:
+        open_experiment().image_set("train")
+    assert "('3',) at label 2, expected 10 with ('2',)" in one_sentence(error)
+
+
+def test_a_missing_set_is_reported_first_and_can_be_skipped(spoilt):
+    target, open_experiment = spoilt
+    (target / "noise.npz").unlink()
+    with pytest.raises(MissingDataError) as error:
+        open_experiment().check_images()
+    assert str(target / "noise.npz") in str(error.value) and "--skip-missing" in str(error.value)
+    run = open_experiment(skip_missing=True)
+    table = run.collect_results()
+    assert set(table.ood_set) == {"letters"} and list(run.missing) == ["noise"]
+    run.export_tables(table, "30_results")
+    assert "| missing |" in (run.figures_directory / "30_results_fpr95.md").read_text()
+    assert "noise" in run.describe_image_sets()["set"].tolist()
+
+
+def test_a_missing_id_set_cannot_be_skipped(spoilt):
+    target, open_experiment = spoilt
+    (target / "train.npz").unlink()
+    with pytest.raises(MissingDataError, match=r"train\.npz"):
+        open_experiment(skip_missing=True).check_images()
+
+
+def test_a_missing_checkpoint_is_reported_before_the_pass(spoilt):
+    target, open_experiment = spoilt
+    (target / "weights.pth").unlink()
+    with pytest.raises(MissingDataError, match=r"weights\.pth"):
+        open_experiment().check_images()
+
+
+def test_a_truncated_npz_is_named(spoilt):
+    target, open_experiment = spoilt
+    content = (target / "letters.npz").read_bytes()
+    (target / "letters.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError) as error:
+        open_experiment().check_images()
+    assert "letters.npz" in one_sentence(error)
+
+
+@pytest.mark.parametrize("fault", ["missing", "extra", "misshapen"])
+def test_a_checkpoint_that_does_not_fit_lists_the_keys(spoilt, fault):
+    target, open_experiment = spoilt
+    state = torch.load(target / "weights.pth", weights_only=True)["state_dict"]
+    name = "bn1.weight"
+    if fault == "missing":
+        del state[name]
+    elif fault == "extra":
+        name = "surplus.weight"
+        state[name] = torch.zeros(2)
+    else:
+        state[name] = torch.zeros(3)
+    torch.save(state, target / "weights.pth")
+    with pytest.raises(InputError) as error:
+        _ = open_experiment().network
+    assert name in one_sentence(error)
+
+
+def test_nan_features_in_a_bank_stop_the_scoring_and_name_the_row(spoilt):
+    _, open_experiment = spoilt
+    run = open_experiment()
+    path = shard_path(run.bank("noise").directory, 0)
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    tensors["features"][17, 3] = float("nan")
+    save_file(tensors, path, metadata={"seconds": "1"})
+    with pytest.raises(InputError) as error:
+        run.results(["energy"])
+    assert "NaN" in one_sentence(error) and "17" in one_sentence(error)
+
+
+def test_a_shard_cut_in_half_stops_the_run_and_costs_only_itself(spoilt):
+    _, open_experiment = spoilt
+    table = open_experiment().collect_results()
+    path = shard_path(open_experiment().bank("letters").directory, 0)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError) as error:
+        open_experiment().collect_results()
+    assert path.name in one_sentence(error)
+    path.unlink()
+    again = open_experiment().collect_results()
+    pd.testing.assert_frame_equal(again.drop(columns="score_seconds"), table.drop(columns="score_seconds"))
+
+
+def test_unknown_rows_and_sets_name_the_nearest(finished):
+    run = small(finished[0])
+    with pytest.raises(InputError, match="did you mean 'himplos'"):
+        run.detector("himplo")
+    with pytest.raises(InputError, match="did you mean 'letters'"):
+        run.image_set("leters")
+    with pytest.raises(InputError, match="did you mean 'percentile'"):
+        small(finished[0], "himplos.percentil=3")
