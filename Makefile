@@ -2,7 +2,7 @@
 # requirements.txt has changed. PYTHON, CONFIG, DATA_ROOT and ARGS can be set on the command line.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+	  $$p -c 'import sys; sys.exit(not (3, 11, 4) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 CONFIG ?= digits
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,8 +28,8 @@ bench: $(STAMP)
 environment: $(STAMP)
 
 $(STAMP): requirements.txt pyproject.toml
-	@$(or $(PYTHON),false) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
-	  { echo "Found $$($(or $(PYTHON),python3) --version 2>&1), expected Python 3.11, 3.12 or 3.13: install one and run make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(not (3, 11, 4) <= sys.version_info < (3, 14))' 2>/dev/null || \
+	  { echo "Found $$($(or $(PYTHON),python3) --version 2>&1), expected Python 3.11.4 to 3.13: install one and run make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

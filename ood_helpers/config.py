@@ -262,8 +262,8 @@ BackboneConfig = Annotated[
 class FeaturesConfig(Model):
     """The forward pass that fills the feature banks."""
 
-    batch_size: PositiveInt = 128
-    shard_batches: PositiveInt = Field(16, description="batches a shard file; an interrupted pass goes on at a shard")
+    batch_size: PositiveInt | None = Field(None, description="None = 32 on the CPU, whose caches it fits, else 256")
+    shard_size: PositiveInt = Field(2048, description="images a shard file; an interrupted pass goes on at a shard")
     workers: NonNegativeInt = Field(0, description="processes that decode image files; arrays need none")
     taps: tuple[str, ...] = Field((), description="modules whose pooled outputs are kept beside the features")
 

@@ -197,7 +197,7 @@ def extract(
 ) -> StoredBank:
     """Pass an image set through a network once and store features, logits, labels and taps.
 
-    Memory: one shard (`batch_size * shard_batches` images' outputs) and one batch of images.
+    Memory: the outputs of one shard (`shard_size` images) and one batch of images.
     Shards already in `directory` are kept, so an interrupted pass goes on where it stopped; each shard is
     computed by the same batches either way, so the result is the same.
 
@@ -209,12 +209,11 @@ def extract(
     done = StoredBank.open(directory)
     if done is not None:
         return done
-    rows = options.batch_size * options.shard_batches
-    starts = range(0, len(image_set), rows)
+    starts = range(0, len(image_set), options.shard_size)
     network.eval().to(device, memory_format=torch.channels_last)
     with track(description=image_set.name, total=len(image_set), unit="image") as bar:
         for index, start in enumerate(starts):
-            stop = min(start + rows, len(image_set))
+            stop = min(start + options.shard_size, len(image_set))
             path = shard_path(directory, index)
             if path.exists():
                 with _open_shard(path) as shard:
@@ -242,16 +241,17 @@ def extract(
 def _check_rows(path: Path, found: int, expected: int) -> None:
     if found != expected:
         raise InputError(
-            f"The cache shard {path} holds {found} images, expected {expected}: batch_size or shard_batches changed "
-            f"since an interrupted pass; set them back or delete {path.parent}."
+            f"The cache shard {path} holds {found} images, expected {expected}: features.shard_size changed "
+            f"since an interrupted pass; set it back or delete {path.parent}."
         )
 
 
 def _write_shard(path, network, image_set, transform, start, stop, options, device, bar) -> None:
     outputs: dict[str, list[Tensor]] = {"features": [], "logits": []}
+    batch_size = options.batch_size or (32 if torch.device(device).type == "cpu" else 256)
     begin = time.perf_counter()
     with torch.inference_mode(), _tapped(network, options.taps) as taps:
-        for batch in image_batches(image_set, transform, start, stop, options.batch_size, options.workers):
+        for batch in image_batches(image_set, transform, start, stop, batch_size, options.workers):
             inputs = transform.normalise(batch.to(device, non_blocking=True))
             features = network.features(inputs.contiguous(memory_format=torch.channels_last))
             outputs["features"].append(features.float().cpu())

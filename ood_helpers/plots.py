@@ -30,7 +30,7 @@ from ood_helpers.metrics import fpr_at_tpr
 from ood_helpers.results import METRICS, wide_table
 
 WIDTH = 7.0  # inches: the text width of a page
-SCORE = "score\n(higher = more in-distribution)"
+SCORE = "score (higher = more in-distribution)"
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that figures look alike everywhere
     "font.size": 9,
@@ -60,7 +60,7 @@ class NotebookFigure(Figure):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        FigureCanvasAgg(self).print_png(buffer)
+        FigureCanvasAgg(self).print_png(buffer, metadata={"Software": None})
         return buffer.getvalue()
 
 
@@ -206,9 +206,7 @@ def confusion_matrix(
     totals = matrix.sum(axis=1, keepdims=True)
     percent = np.full_like(matrix, np.nan)
     np.divide(100 * matrix, totals, out=percent, where=totals > 0)
-    side = float(np.clip(0.38 * count, 2.0, 5.0))
-    names = 0.075 * max(len(str(name)) for name in class_names) if count <= 25 else 0.2
-    figure = _new_figure(side + names + 0.6, caption, title, width=min(WIDTH, side + names + 1.5))
+    figure = _square_figure(class_names, caption, title)
     axes = figure.subplots()
     # the root makes the rare mistakes visible beside the diagonal
     norm = PowerNorm(0.5, 0, 100)
@@ -222,6 +220,24 @@ def confusion_matrix(
     axes.set_title(f"accuracy {accuracy:.2f} % of {len(labels):,} images")
     _class_ticks(axes.xaxis, class_names, count, "predicted class")
     _class_ticks(axes.yaxis, class_names, count, "true class")
+    return figure
+
+
+@_figure
+def similarity_heatmap(values: Any, class_names: Sequence[str], *, caption: str, title: str = "") -> Figure:
+    """Cosine similarity between classes [C, C]; numbers are written up to 12 classes."""
+    values = _array(values).astype(float)
+    count = len(values)
+    figure = _square_figure(class_names, caption, title)
+    axes = figure.subplots()
+    off_diagonal = values[~np.eye(count, dtype=bool)] if count > 1 else values.ravel()
+    limits = {"vmin": off_diagonal.min(), "vmax": off_diagonal.max()}
+    image = axes.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest", **limits)
+    figure.colorbar(image, ax=axes, label="cosine similarity", extend="max")
+    if count <= 12:
+        _write_values(axes, image, values, "{:.2f}")
+    _class_ticks(axes.xaxis, class_names, count, "class")
+    _class_ticks(axes.yaxis, class_names, count, "class")
     return figure
 
 
@@ -293,10 +309,12 @@ def score_histograms(
     title: str = "",
     metrics: Mapping[str, tuple[float, float]] | None = None,
     groups: Mapping[str, str] | None = None,
+    label: str = SCORE,
 ) -> Figure:
     """Scores of the ID test set and of one OOD set a panel, with the threshold that keeps 95 % of the ID images.
 
-    id_scores [n]; ood_scores: name -> [m]; metrics: name -> (FPR95, AUROC) in percent, written above the panel.
+    id_scores [n]; ood_scores: name -> [m]; metrics: name -> (FPR95, AUROC) in percent, written above the panel;
+    label: what the score is.
     """
     id_scores = _array(id_scores)
     ood_scores = {name: _array(scores) for name, scores in ood_scores.items()}
@@ -310,7 +328,7 @@ def score_histograms(
         if metrics and name in metrics:
             heading += "\nFPR95 {:.1f} % · AUROC {:.1f} %".format(*metrics[name])
         axes.set_title(heading)
-    _label_outer(all_axes, SCORE, "images per bin (%)")
+    _label_outer(all_axes, label.replace(" (", "\n("), "images per bin (%)")
     colour, _, name = _ood_entry(ood_scores)
     handles = [
         Patch(facecolor=ID_COLOUR, alpha=0.5, label="in-distribution"),
@@ -384,9 +402,7 @@ def score_grid(
         grid[row, 0].set_ylabel(method, rotation=0, ha="right", va="center")
     for axes, name in zip(grid[0], sets):
         axes.set_title(_set_title(name, groups, separator="\n"))
-    explanation = (
-        "score (higher = more in-distribution) · blue: in-distribution · number: FPR95 (lower is better)"
-    )
+    explanation = f"{SCORE} · blue: in-distribution · number: FPR95 (lower is better)"
     figure.supxlabel(explanation, fontsize=9)
     return figure
 
@@ -626,7 +642,7 @@ def results_heatmap(results: pd.DataFrame, metric: str = "fpr95", *, caption: st
     axes = figure.subplots()
     lower_is_better = metric == "fpr95"
     colours = colormaps["cividis_r" if lower_is_better else "cividis"]
-    norm = Normalize(np.nanmin(values), max(np.nanmax(values), np.nanmin(values) + 1e-9))
+    norm = Normalize(np.nanmin(values), max(np.nanmax(values), np.nanmin(values) + 1))
     rounded = np.round(values, 1)
     best = np.nanmin(rounded, axis=0) if lower_is_better else np.nanmax(rounded, axis=0)
     for row, column in np.ndindex(values.shape):
@@ -647,7 +663,7 @@ def results_heatmap(results: pd.DataFrame, metric: str = "fpr95", *, caption: st
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     label = _metric_label(metric).replace(", ", ",\n")
-    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=label, pad=0.02)
+    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=label, ticks=MaxNLocator(5), pad=0.02)
     return figure
 
 
@@ -760,6 +776,14 @@ def _new_figure(height: float, caption: str, title: str, width: float = WIDTH) -
     return figure
 
 
+def _square_figure(class_names: Sequence[str], caption: str, title: str) -> Figure:
+    """An empty figure for a matrix classes x classes with their names at both sides."""
+    count = len(class_names)
+    side = float(np.clip(0.38 * count, 2.0, 5.0))
+    names = 0.075 * max(len(str(name)) for name in class_names) if count <= 25 else 0.2
+    return _new_figure(side + names + 0.6, caption, title, width=min(WIDTH, side + names + 1.5))
+
+
 def _panels(
     count: int, caption: str, title: str, panel_height: float, **sharing: bool
 ) -> tuple[Figure, list[Axes]]:
@@ -835,8 +859,8 @@ def _evenly(count: int, at_most: int) -> np.ndarray:
 
 def _trim(values: np.ndarray) -> np.ndarray:
     """Without the outermost half percent at each end, which would flatten a violin."""
-    low, high = np.percentile(values, [0.5, 99.5])
-    kept = values[(values >= low) & (values <= high)]
+    cut = len(values) // 200
+    kept = np.sort(values)[cut : len(values) - cut]
     # the density of a constant does not exist
     return kept if np.ptp(kept) > 0 else kept + np.linspace(-1e-6, 1e-6, len(kept))
 

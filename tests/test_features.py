@@ -24,7 +24,7 @@ from ood_helpers.features import (
 )
 
 TRANSFORM = Transform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-OPTIONS = FeaturesConfig(batch_size=4, shard_batches=2)  # 8 images a shard
+OPTIONS = FeaturesConfig(batch_size=4, shard_size=8)  # 8 images a shard
 
 
 class Tiny(Classifier):
@@ -112,11 +112,11 @@ def test_a_shard_cut_in_half_is_named_and_only_it_is_computed_anew(network, tmp_
     assert torch.equal(before.features, after.features)
 
 
-def test_another_batch_size_in_the_middle_of_a_pass_is_refused(network, tmp_path):
+def test_another_shard_size_in_the_middle_of_a_pass_is_refused(network, tmp_path):
     extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS)
     (tmp_path / "bank.json").unlink()
-    with pytest.raises(InputError, match="batch_size or shard_batches changed"):
-        extract(network, image_set(), TRANSFORM, tmp_path, FeaturesConfig(batch_size=3, shard_batches=2))
+    with pytest.raises(InputError, match="shard_size changed"):
+        extract(network, image_set(), TRANSFORM, tmp_path, FeaturesConfig(batch_size=4, shard_size=6))
 
 
 def test_nan_outputs_stop_the_pass_and_leave_finished_shards(network, tmp_path):
@@ -131,7 +131,7 @@ def test_nan_outputs_stop_the_pass_and_leave_finished_shards(network, tmp_path):
 
 
 def test_taps_hold_the_pooled_outputs_of_modules(network, tmp_path):
-    options = FeaturesConfig(batch_size=4, shard_batches=2, taps=("convolution",))
+    options = FeaturesConfig(batch_size=4, shard_size=8, taps=("convolution",))
     bank = extract(network, image_set(labels=False), TRANSFORM, tmp_path, options).load()
     inputs = TRANSFORM.normalise(torch.from_numpy(image_set().array).permute(0, 3, 1, 2))
     torch.testing.assert_close(bank.taps["convolution"], network.convolution(inputs).mean((2, 3)).detach())

@@ -26,7 +26,7 @@ SMALL = [
     "backbone.growth_rate=12",
     "backbone.expected_accuracy=null",
     "metrics.bootstrap_resamples=50",
-    "features={batch_size: 32, shard_batches: 2}",
+    "features.shard_size=64",
     *(f"ood.{name}.images.count=80" for name in ("letters", "chimeras", "photographs", "textures", "noise")),
 ]
 

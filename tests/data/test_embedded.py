@@ -92,7 +92,7 @@ def test_chimeras_join_test_digits_of_different_classes():
     upper, lower = np.s_[:, :4], np.s_[:, 4:]
     left, right = np.s_[:, :, :4], np.s_[:, :, 4:]
     kinds = []
-    for image in embedded.chimeras(80, 5)[..., 0]:
+    for image in embedded.chimeras(2000, 5)[..., 0]:
         vertical = classes_of(image[:4], upper), classes_of(image[4:], lower)
         sideways = classes_of(image[:, :4], left), classes_of(image[:, 4:], right)
         found = vertical if all(vertical) else sideways

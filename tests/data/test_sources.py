@@ -84,6 +84,8 @@ def test_subset_per_class_is_in_file_order(tmp_path, cache):
     assert images.indices.tolist() == [0, 1, 2, 3] and images.labels.tolist() == [7, 2, 2, 7]
     images = npz(tmp_path, cache, {"per_class": 1}, images=pictures(), labels=labels[::-1])
     assert images.indices.tolist() == [0, 1] and np.array_equal(images.array, pictures()[:2])
+    images = npz(tmp_path, cache, {"per_class": 50}, images=pictures(600), labels=np.arange(600) % 3)
+    assert images.indices.tolist() == list(range(150))
 
 
 def test_subset_random(tmp_path, cache):
