@@ -27,7 +27,7 @@ bench: $(STAMP)
 
 environment: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): requirements.txt
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(not (3, 11, 4) <= sys.version_info < (3, 14))' 2>/dev/null || \
 	  { echo "Found $$($(or $(PYTHON),python3) --version 2>&1), expected Python 3.11.4 to 3.13: install one and run make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)

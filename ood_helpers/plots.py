@@ -22,7 +22,7 @@ from matplotlib.colors import Normalize, PowerNorm, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.files import atomic_path
@@ -72,20 +72,19 @@ def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
         with style.context(["default", STYLE]):
             figure = draw(*args, **kwargs)
             _settle(figure)
-            figure.set_layout_engine("none")
         return figure
 
     return drawn
 
 
 def _settle(figure: Figure) -> None:
-    """Repeat the layout until no axes moves: new places may mean other tick labels, and these other margins."""
-    places = None
-    for _ in range(5):
-        figure.get_layout_engine().execute(figure)
-        previous, places = places, np.array([axes.get_position().bounds for axes in figure.axes])
-        if previous is not None and np.abs(places - previous).max() < 1e-3:
-            return
+    """Place the axes and keep their ticks, which otherwise depend on the style in force at each later drawing."""
+    figure.get_layout_engine().execute(figure)
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        axis.set_major_locator(FixedLocator(axis.get_majorticklocs()))
+    # the first pass measured the tick labels of the places before it
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
 
 
 def save_figure(figure: Figure, directory: Path, name: str) -> list[Path]:

@@ -50,7 +50,9 @@ def network():
 def image_set(count=21, seed=0, labels=True):
     generator = np.random.default_rng(seed)
     array = generator.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
-    return ImageSet("made", "made by the test", array=array, labels=generator.integers(0, 3, count) if labels else None)
+    return ImageSet(
+        "made", "made by the test", array=array, labels=generator.integers(0, 3, count) if labels else None
+    )
 
 
 def test_a_bank_equals_a_plain_forward_pass(network, tmp_path):
@@ -103,8 +105,13 @@ def test_a_shard_cut_in_half_is_named_and_only_it_is_computed_anew(network, tmp_
     before, path = bank.load(), shard_path(tmp_path, 1)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    for read in (lambda: StoredBank.open(tmp_path), lambda: extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS)):
-        with pytest.raises(InputError, match=r"shard-00001.safetensors is damaged .* delete it and run again"):
+    for read in (
+        lambda: StoredBank.open(tmp_path),
+        lambda: extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS),
+    ):
+        with pytest.raises(
+            InputError, match=r"shard-00001.safetensors is damaged .* delete it and run again"
+        ):
             read()
     path.unlink()
     after = extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS).load()
@@ -125,7 +132,9 @@ def test_nan_outputs_stop_the_pass_and_leave_finished_shards(network, tmp_path):
     shard_path(tmp_path, 2).unlink()
     with torch.no_grad():
         network.convolution.bias[0] = float("nan")
-    with pytest.raises(InputError, match=r"NaN or infinite outputs for 5 of images 16 to 20 of made \(first: 16\)"):
+    with pytest.raises(
+        InputError, match=r"NaN or infinite outputs for 5 of images 16 to 20 of made \(first: 16\)"
+    ):
         extract(network, image_set(), TRANSFORM, tmp_path, OPTIONS)
     assert shard_path(tmp_path, 1).exists() and not shard_path(tmp_path, 2).exists()
 
@@ -176,11 +185,15 @@ def sharded(features, labels=None, pieces=3):
 @pytest.mark.parametrize("percentile", [0, 10, 37.5, 90, 99.9, 100])
 def test_the_activation_percentile_is_numpys(dtype, percentile):
     generator = torch.Generator().manual_seed(3)
-    features = torch.randn(101, 7, dtype=dtype, generator=generator) * 10 ** torch.randn(101, 1, generator=generator).to(dtype)
+    features = torch.randn(101, 7, dtype=dtype, generator=generator) * 10 ** torch.randn(
+        101, 1, generator=generator
+    ).to(dtype)
     features[::5] = 0.0
     features[1, 0] = -0.0
     expected = np.percentile(features.double().numpy(), percentile)
-    assert activation_percentile(sharded(features), percentile) == pytest.approx(expected, rel=1e-12, abs=1e-300)
+    assert activation_percentile(sharded(features), percentile) == pytest.approx(
+        expected, rel=1e-12, abs=1e-300
+    )
 
 
 def test_class_means_stream_over_shards():

@@ -143,7 +143,7 @@ def test_every_figure_is_complete_and_readable(rng, classes, count, methods):
 
 
 def test_saving_twice_gives_the_same_bytes(rng, tmp_path):
-    for name, figure in every_figure(rng, 10, SETS, METHODS[:3]).items():
+    for name, figure in every_figure(rng, 3, {"SVHN": "far"}, METHODS[:2]).items():
         first = [path.read_bytes() for path in plots.save_figure(figure, tmp_path / "first", name)]
         second = [path.read_bytes() for path in plots.save_figure(figure, tmp_path / "second", name)]
         assert first == second, name
@@ -163,18 +163,20 @@ def test_drawing_again_gives_the_same_bytes(tmp_path):
     assert saved[0] == saved[1]
 
 
-@pytest.mark.parametrize("first", ["", "%matplotlib inline"])
-def test_a_notebook_shows_the_figure_once(first):
-    code = f"""{first}
+def test_a_notebook_shows_the_figure_once():
+    draw = """
 import pandas as pd
 from ood_helpers import plots
-history = pd.DataFrame({{"epoch": [1], "learning_rate": [0.1], "train_loss": [1.0], "train_accuracy": [50.0]}})
+history = pd.DataFrame({"epoch": [1], "learning_rate": [0.1], "train_loss": [1.0], "train_accuracy": [50.0]})
 plots.learning_curve(history, caption="digits")"""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    # as the kernel starts, and after pyplot's own display is set up
+    cells = [nbformat.v4.new_code_cell(code) for code in (draw, "%matplotlib inline\n" + draw)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
     resources = {"metadata": {"path": str(PROJECT_ROOT)}}
     NotebookClient(notebook, kernel_name="python3", resources=resources).execute()
-    outputs = [output for output in notebook.cells[0].outputs if output.output_type != "stream"]
-    assert [("image/png" in output.data) for output in outputs] == [True]
+    for cell in notebook.cells:
+        outputs = [output for output in cell.outputs if output.output_type != "stream"]
+        assert ["image/png" in output.data for output in outputs] == [True]
 
 
 def test_sample_grid_shows_the_pixels_in_blocks(rng):

@@ -20,7 +20,10 @@ from ood_helpers.results import (
 
 def rows(seeds=(0,)):
     lines = []
-    values = {"MSP": {"far set": 40.0, "near_set": 60.0, "far two": 20.0}, "LINe": {"far set": 30.0, "near_set": 70.0, "far two": 20.02}}
+    values = {
+        "MSP": {"far set": 40.0, "near_set": 60.0, "far two": 20.0},
+        "LINe": {"far set": 30.0, "near_set": 70.0, "far two": 20.02},
+    }
     for seed in seeds:
         for method, by_set in values.items():
             for ood_set, fpr in by_set.items():
@@ -105,7 +108,10 @@ def test_published_values_are_found_only_for_the_same_network_and_set():
     found = published_values(published, "ReAct", "SVHN")
     table = pd.read_csv(PUBLISHED_PATH)
     row = table[
-        (table.method == "ReAct") & (table.ood_set == "SVHN") & table.id_set.eq("CIFAR-10") & table.architecture.str.startswith("DenseNet-101 (DICE")
+        (table.method == "ReAct")
+        & (table.ood_set == "SVHN")
+        & table.id_set.eq("CIFAR-10")
+        & table.architecture.str.startswith("DenseNet-101 (DICE")
     ].iloc[0]
     assert (found["published_fpr95"], found["published_auroc"]) == (row.fpr95, row.auroc)
     assert "CADRef" in found["published_source"]

@@ -27,7 +27,9 @@ def test_every_requirement_is_one_exact_version():
 
 
 @pytest.mark.parametrize("python", ["3.11.9", "3.12.5", "3.13.1"])
-@pytest.mark.parametrize(("system", "machine"), [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")])
+@pytest.mark.parametrize(
+    ("system", "machine"), [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
+)
 def test_the_pins_fulfil_the_ranges_of_pyproject_on_every_platform(python, system, machine):
     environment = {
         "python_full_version": python,

@@ -1,0 +1,162 @@
+"""run_all.py from the command line to the report, on the embedded digits and on real CIFAR-10; papermill alone."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from ood_helpers.config import PROJECT_ROOT
+from ood_helpers.results import COLUMNS
+from ood_helpers.runner import notebook_names
+
+METHODS = {"MSP", "MaxLogit", "Energy", "ReAct", "DICE", "HIMPLoS", "HIM only", "PLoS only", "LINe"}
+
+
+def run_all(folder, *arguments):
+    command = [
+        sys.executable,
+        "run_all.py",
+        "--run-dir",
+        folder / "runs",
+        "--figures-dir",
+        folder / "figures",
+        "--device",
+        "cpu",
+    ]
+    finished = subprocess.run([*command, *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    return finished.returncode, finished.stdout + finished.stderr
+
+
+def check_outputs(folder, name, sets):
+    """What every complete run leaves; returns its results."""
+    results = pd.read_csv(folder / "runs" / name / "results.csv")
+    assert list(results.columns) == COLUMNS
+    assert set(results.method) == METHODS
+    assert results.groupby("method").ood_set.apply(set).eq(sets).all()
+    manifest = json.loads((folder / "runs" / name / "manifest.json").read_text())
+    assert set(manifest["notebooks"]) == set(notebook_names())
+    assert set(manifest["inputs"]["seed0"]["banks"]) == {"train", "test", *sets}
+    figures = {path.name for path in (folder / "figures" / name).iterdir()}
+    assert set(manifest["outputs"]) == figures - {"manifest.json"}
+    for stem in ("12_line_masks", "11_himplos_logits", "30_results", "03_precompute_projection"):
+        assert {f"{stem}.png", f"{stem}.svg"} <= figures
+    for suffix in ("csv", "md", "tex"):
+        assert f"30_results_fpr95.{suffix}" in figures
+    report = (folder / "runs" / name / "report.html").read_text()
+    for link in re.findall(r'href="(notebooks/[^"]+)"', report):
+        assert (folder / "runs" / name / link).exists()
+    assert report.count("data:image/png;base64,") == sum(figure.endswith(".png") for figure in figures)
+    assert all(method in report for method in METHODS)
+    return results
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    settings = [
+        "backbone.training.epochs=4",
+        "backbone.depth=10",
+        "backbone.expected_accuracy=null",
+        "metrics.bootstrap_resamples=50",
+    ]
+    arguments = ["--set", *settings, "--jobs", "2"]
+    return folder, arguments, run_all(folder, *arguments)
+
+
+def test_digits_run_from_nothing_to_the_report(digits):
+    folder, _, (status, output) = digits
+    assert status == 0, output
+    check_outputs(folder, "digits", {"letters", "chimeras", "photographs", "textures", "noise"})
+    assert "report.html" in output and "results.csv" in output
+    assert "small demonstration" in output  # honest about what it is
+
+
+def test_a_second_run_has_nothing_to_do_and_says_so(digits):
+    folder, arguments, _ = digits
+    status, output = run_all(folder, *arguments)
+    assert status == 0 and output.count("up to date") == len(notebook_names())
+    status, output = run_all(folder, *arguments, "--dry-run", "--force")
+    assert output.count("would run") == len(notebook_names())
+
+
+def test_a_failing_notebook_gives_exit_status_1_and_names_cell_and_error(digits):
+    folder, arguments, _ = digits
+    wrong = ["backbone.expected_accuracy=3", "backbone.tolerance=0.5"]
+    status, output = run_all(
+        folder, *arguments, "--set", *wrong, "--only", "00_start_here", "02_backbone", "03_precompute"
+    )
+    assert status == 1
+    assert re.search(r"02_backbone\s+failed.*cell \d+: InputError: The ID accuracy of digits is", output)
+    assert re.search(r"03_precompute\s+skipped: it needs 02_backbone", output)
+    assert re.search(r"00_start_here\s+done", output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--set", "himplos.percentil=3"], "did you mean 'percentile'"),
+        (["--config", "cifar"], "No experiment 'cifar'"),
+        (["--only", "12_lien"], "did you mean '12_line'"),
+        (["--config", "cifar10_npz", "--data-root", "/nowhere"], "/nowhere/data/ood/svhn.npz"),
+        (["--seeds", "1", "1"], "expected different numbers"),
+    ],
+)
+def test_wrong_arguments_are_sentences_without_a_traceback(tmp_path, arguments, sentence):
+    status, output = run_all(tmp_path, *arguments)
+    assert status != 0 and sentence in output and "Traceback" not in output
+
+
+def test_list_names_notebooks_experiments_and_detectors(tmp_path):
+    status, output = run_all(tmp_path, "--list")
+    assert status == 0
+    for name in [*notebook_names(), "cifar10_npz", "himplos", "needs 03_precompute"]:
+        assert name in output
+
+
+def test_real_cifar10_run_from_images_to_the_report(shared, tmp_path):
+    subsets = [
+        f"ood.{name}.images.subset.first=256" for name in ("SVHN", "Textures", "Tiny-ImageNet", "CIFAR-100")
+    ]
+    settings = [*subsets, "id.train.subset.first=512", "id.test.subset.first=256"]
+    settings += ["backbone.expected_accuracy=94.92", "backbone.tolerance=0.01"]  # 243 of the first 256
+    status, output = run_all(
+        tmp_path, "--config", "cifar10_npz", "--data-root", shared, "--jobs", "2", "--set", *settings
+    )
+    assert status == 0, output
+    results = check_outputs(tmp_path, "cifar10_npz", {"SVHN", "Textures", "Tiny-ImageNet", "CIFAR-100"})
+    assert results.id_accuracy.unique().tolist() == pytest.approx([100 * 243 / 256], abs=1e-3)
+    assert results.n_id.eq(256).all() and results.n_ood.eq(256).all()
+    means = results.groupby("method").auroc.mean()
+    assert means.min() > 60  # every method has learnt something from the real features
+    published = results[results.published_fpr95.notna()]
+    assert set(published.ood_set) == {"SVHN", "Textures"} and "Energy" in set(published.method)
+    manifest = (tmp_path / "runs" / "cifar10_npz" / "manifest.json").read_text()
+    assert str(shared) not in manifest and "${data_root}" in manifest
+
+
+def test_papermill_runs_a_notebook_by_itself(digits, tmp_path):
+    folder, arguments, _ = digits
+    settings = arguments[1:-2]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "notebooks/12_line.ipynb",
+        tmp_path / "out.ipynb",
+        "--no-progress-bar",
+    ]
+    parameters = {"run_dir": folder / "runs", "figures_dir": tmp_path / "figures", "device": "cpu"}
+    options = [item for key, value in parameters.items() for item in ("-p", key, str(value))]
+    finished = subprocess.run(
+        [*command, *options, "-y", json.dumps({"overrides": settings})],
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "figures" / "digits" / "12_line_masks.png").exists()

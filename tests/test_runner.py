@@ -1,0 +1,139 @@
+"""The runner: order, failures, what is up to date; on small notebooks that the test writes."""
+
+import json
+
+import nbformat
+import pytest
+
+from ood_helpers import runner as runner_module
+from ood_helpers.errors import InputError
+from ood_helpers.pipeline import Experiment
+from ood_helpers.runner import NOTEBOOKS, Runner, notebook_names, plan
+
+PARAMETERS = 'experiment = ""\nrun_dir = ""\nfigures_dir = ""\nseed = 0\nseeds = [0]\noverrides = []'
+
+
+def write(folder, name, *sources, needs=(), per_seed=False):
+    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    cells += [nbformat.v4.new_code_cell(source) for source in sources]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "ood": {"needs": list(needs), "per_seed": per_seed}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.setattr(runner_module, "NOTEBOOKS", folder)
+    return folder
+
+
+def run(tmp_path, seeds=(0,), only=None, force=False, jobs=2, overrides=()):
+    parameters = {
+        "experiment": "digits",
+        "run_dir": str(tmp_path / "runs"),
+        "figures_dir": str(tmp_path / "figures"),
+    }
+    experiment = Experiment.open(**parameters, device="cpu", overrides=overrides)
+    lines, finished = [], []
+    runner = Runner(experiment, parameters | {"overrides": list(overrides)}, list(seeds), plan(seeds, only))
+    outcomes = runner.run(
+        jobs,
+        force,
+        lambda task, now, share: lines.append((task.name, now)),
+        lambda task, outcome: finished.append(task.name),
+    )
+    return runner, outcomes, lines, finished
+
+
+def test_a_failure_names_cell_and_error_and_stops_only_what_needs_it(notebooks, tmp_path):
+    write(notebooks, "01_good", f"open({str(tmp_path / 'good')!r}, 'w').close()")
+    write(notebooks, "02_bad", "x = 1", "raise ValueError('the reason')", needs=["01_good"])
+    write(notebooks, "03_child", "1", needs=["02_bad"])
+    write(notebooks, "04_other", "import sys; print('half way', file=sys.stderr)", needs=["01_good"])
+    runner, outcomes, lines, finished = run(tmp_path)
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {
+        "01_good": "done",
+        "02_bad": "failed",
+        "03_child": "skipped",
+        "04_other": "done",
+    }
+    assert "cell 3: ValueError: the reason" in outcomes["02_bad"].error
+    assert outcomes["03_child"].error == "it needs 02_bad"
+    assert sorted(finished) == sorted(outcomes)
+    assert ("04_other", "half way") in lines and ("01_good", "cell 3/3") in lines  # papermill adds a cell
+    assert (runner.directory / "02_bad.failed.ipynb").exists() and not (
+        runner.directory / "02_bad.ipynb"
+    ).exists()
+    assert "half way" in (runner.directory / "04_other.html").read_text()
+
+
+def test_a_second_run_does_only_what_changed(notebooks, tmp_path):
+    write(notebooks, "01_first", "1")
+    write(notebooks, "02_second", "2", needs=["01_first"])
+
+    def statuses(**options):
+        return [outcome.status for outcome in run(tmp_path, **options)[1].values()]
+
+    assert statuses() == ["done", "done"]
+    assert statuses() == ["up to date", "up to date"]
+    write(notebooks, "02_second", "3", needs=["01_first"])
+    assert statuses() == ["up to date", "done"]
+    assert statuses(overrides=["line.delta=0.5"]) == ["done", "done"]
+    assert statuses(overrides=["line.delta=0.5"], force=True, only=["02_second"]) == ["done"]
+    (tmp_path / "runs" / "digits" / "notebooks" / "01_first.ipynb").unlink()
+    assert statuses(overrides=["line.delta=0.5"]) == ["done", "up to date"]
+
+
+def test_a_missing_figure_is_drawn_again(notebooks, tmp_path):
+    folder = tmp_path / "figures" / "digits"
+    write(
+        notebooks,
+        "01_draws",
+        f"from pathlib import Path; p = Path({str(folder)!r}); p.mkdir(parents=True, exist_ok=True)",
+        "(p / '01_draws_a.png').touch()",
+    )
+    outcome = run(tmp_path)[1]["01_draws"]
+    assert outcome.outputs == ["digits/01_draws_a.png"]
+    assert run(tmp_path)[1]["01_draws"].status == "up to date"
+    (folder / "01_draws_a.png").unlink()
+    assert run(tmp_path)[1]["01_draws"].status == "done"
+
+
+def test_parameters_reach_the_notebook_once_a_seed(notebooks, tmp_path):
+    log = tmp_path / "log"
+    source = f"open({str(log)!r}, 'a').write(f'{{experiment}} {{seed}} {{seeds}} {{overrides}};')"
+    write(notebooks, "01_seeded", source, per_seed=True)
+    write(notebooks, "02_whole", source, needs=["01_seeded"])
+    outcomes = run(tmp_path, seeds=(3, 5), jobs=1, overrides=["line.delta=0.5"])[1]
+    assert list(outcomes) == ["01_seeded.seed3", "01_seeded.seed5", "02_whole"]
+    assert log.read_text().split(";")[:3] == [
+        "digits 3 [0] ['line.delta=0.5']",
+        "digits 5 [0] ['line.delta=0.5']",
+        "digits 3 [3, 5] ['line.delta=0.5']",
+    ]
+
+
+def test_the_plan_follows_the_notebooks_needs():
+    tasks = {task.name: task for task in plan([0])}
+    assert list(tasks) == notebook_names() == sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    assert tasks["12_line"].needs == ("03_precompute",)
+    assert set(tasks["30_results"].needs) == {"10_baselines", "11_himplos", "12_line"}
+    order = list(tasks)
+    assert all(order.index(need) < order.index(name) for name, task in tasks.items() for need in task.needs)
+    seeded = {task.name: task for task in plan([0, 1])}
+    assert seeded["12_line.seed1"].needs == ("03_precompute.seed1",)
+    assert len(seeded["30_results"].needs) == 6
+
+
+def test_only_takes_known_notebooks():
+    assert [task.name for task in plan([0], ["12_line"])] == ["12_line"]
+    with pytest.raises(InputError, match="did you mean '12_line'"):
+        plan([0], ["12_lien"])
+
+
+def test_every_need_is_a_notebook():
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        about = json.loads(path.read_text())["metadata"]["ood"]
+        assert set(about["needs"]) <= set(notebook_names())
