@@ -1,8 +1,8 @@
 """Regenerate every table and figure of an experiment: run the notebooks with papermill, in dependency order.
 
-    python run_all.py                                                # the embedded default experiment
-    python run_all.py --config cifar10_npz --data-root ../shared     # real CIFAR-10
-    python run_all.py --only 12_line --set line.delta=0.8            # one notebook, one setting changed
+python run_all.py                                                # the embedded default experiment
+python run_all.py --config cifar10_npz --data-root ../shared     # real CIFAR-10
+python run_all.py --only 12_line --set line.delta=0.8            # one notebook, one setting changed
 """
 
 import argparse
@@ -24,22 +24,39 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="digits", help="experiment name in configs/ or path to a YAML file")
-    parser.add_argument("--data-root", default="", help="folder that ${data_root} stands for (default: data)")
-    parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="run only these notebooks, e.g. 12_line")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. himplos.percentile=50"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run of the notebooks a seed")
+    parser.add_argument(
+        "--config", default="digits", help="experiment name in configs/ or path to a YAML file"
+    )
+    parser.add_argument("--data-root", default="", help="folder that ${data_root} stands for (default: data)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NOTEBOOK", help="run only these notebooks, e.g. 12_line"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="e.g. himplos.percentile=50",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run of the notebooks a seed"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--force", action="store_true", help="run notebooks that are up to date, too")
     parser.add_argument("--skip-missing", action="store_true", help="go on without OOD sets that are missing")
-    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out and record them")
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="leave unreadable images out and record them"
+    )
     parser.add_argument("--run-dir", default="", help="banks, scores, notebooks and report (default: runs)")
     parser.add_argument("--figures-dir", default="", help="figures and tables (default: figures)")
-    parser.add_argument("--list", action="store_true", help="list notebooks, experiments and detectors, and stop")
+    parser.add_argument(
+        "--list", action="store_true", help="list notebooks, experiments and detectors, and stop"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
@@ -66,7 +83,12 @@ class Display:
     """Live bars of the running notebooks in a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
-        columns = TextColumn("{task.description:24}"), BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.fields[now]}")
+        columns = (
+            TextColumn("{task.description:24}"),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[now]}"),
+        )
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.bars: dict[str, int] = {}
         self.told: dict[str, float] = {}
@@ -93,7 +115,9 @@ def main() -> int:
     arguments = parse_arguments()
     seeds = arguments.seeds
     parameters = {
-        "experiment": str(resolve_path(arguments.config)) if arguments.config.endswith((".yaml", ".yml")) else arguments.config,
+        "experiment": str(resolve_path(arguments.config))
+        if arguments.config.endswith((".yaml", ".yml"))
+        else arguments.config,
         "data_root": str(resolve_path(arguments.data_root)) if arguments.data_root else "",
         "run_dir": str(Path(arguments.run_dir).resolve()) if arguments.run_dir else "",
         "figures_dir": str(Path(arguments.figures_dir).resolve()) if arguments.figures_dir else "",
@@ -114,19 +138,26 @@ def main() -> int:
     runner = Runner(experiment, parameters, seeds, tasks)
     if arguments.dry_run:
         for task in tasks:
-            console.print(f"{task.name:24}{'up to date' if not arguments.force and runner.up_to_date(task) else 'would run'}")
+            current = not arguments.force and runner.earlier(task).status == "up to date"
+            console.print(f"{task.name:24}{'up to date' if current else 'would run'}")
         return 0
     display = Display()
     with display.progress:
         outcomes = runner.run(arguments.jobs, arguments.force, display.report, display.finish)
     failed = [name for name, outcome in outcomes.items() if outcome.status in ("failed", "skipped")]
     if failed:
-        console.print(f"[red]{len(failed)} of {len(outcomes)} notebooks did not run to their end: {', '.join(failed)}.[/red]")
+        console.print(
+            f"[red]{len(failed)} of {len(outcomes)} notebooks did not run to their end: {', '.join(failed)}.[/red]"
+        )
         return 1
+    everything = plan(seeds)
+    outcomes = {task.name: outcomes.get(task.name) or runner.earlier(task) for task in everything}
     manifest = write_manifest(experiment, parameters, seeds, outcomes)
-    report = write_report(experiment, manifest, tasks, outcomes)
+    report = write_report(experiment, manifest, everything, outcomes)
     console.print(f"Results    {experiment.directory / 'results.csv'}")
-    console.print(f"Figures    {experiment.figures_root / experiment.config.name}  (and tables: CSV, Markdown, LaTeX)")
+    console.print(
+        f"Figures    {experiment.figures_root / experiment.config.name}  (and tables: CSV, Markdown, LaTeX)"
+    )
     console.print(f"Notebooks  {runner.directory}")
     console.print(f"Report     {report}")
     return 0
@@ -136,7 +167,9 @@ if __name__ == "__main__":
     try:
         status = main()
     except InputError as error:
-        console.print(f"[red]{error}[/red]" if "[" not in str(error) else str(error), markup="[" not in str(error))
+        console.print(
+            f"[red]{error}[/red]" if "[" not in str(error) else str(error), markup="[" not in str(error)
+        )
         status = 1
     except KeyboardInterrupt:
         console.print("Stopped; what is finished is kept, run the same command to go on.")

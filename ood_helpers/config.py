@@ -189,7 +189,9 @@ class TrainingConfig(Model):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: NonNegativeFloat = 5e-4
     schedule: Literal["one_cycle", "cosine"] = "cosine"
-    crop_padding: NonNegativeInt = Field(0, description="pixels of zero padding before a random crop; 0 = none")
+    crop_padding: NonNegativeInt = Field(
+        0, description="pixels of zero padding before a random crop; 0 = none"
+    )
     flip: bool = Field(False, description="random horizontal flip")
 
 
@@ -203,10 +205,14 @@ class Backbone(Model):
 
     @model_validator(mode="after")
     def _one_origin_of_weights(self) -> "Backbone":
-        origins = [name for name in ("checkpoint", "training", "weights") if getattr(self, name, None) is not None]
+        origins = [
+            name for name in ("checkpoint", "training", "weights") if getattr(self, name, None) is not None
+        ]
         if len(origins) != 1:
             found = " and ".join(origins) or "none"
-            raise ValueError(f"a backbone takes its weights from one of checkpoint, training or weights; found {found}")
+            raise ValueError(
+                f"a backbone takes its weights from one of checkpoint, training or weights; found {found}"
+            )
         return self
 
 
@@ -221,7 +227,9 @@ class DenseNetBackbone(Backbone):
     @model_validator(mode="after")
     def _depth_of_three_blocks(self) -> "DenseNetBackbone":
         if (self.depth - 4) % 6:
-            raise ValueError(f"depth {self.depth} of densenet_bc is not 6 n + 4 (three blocks of n two-layer units)")
+            raise ValueError(
+                f"depth {self.depth} of densenet_bc is not 6 n + 4 (three blocks of n two-layer units)"
+            )
         return self
 
 
@@ -236,7 +244,9 @@ class WideResNetBackbone(Backbone):
     @model_validator(mode="after")
     def _depth_of_three_groups(self) -> "WideResNetBackbone":
         if (self.depth - 4) % 6:
-            raise ValueError(f"depth {self.depth} of wide_resnet is not 6 n + 4 (three groups of n two-layer units)")
+            raise ValueError(
+                f"depth {self.depth} of wide_resnet is not 6 n + 4 (three groups of n two-layer units)"
+            )
         return self
 
 
@@ -262,8 +272,12 @@ BackboneConfig = Annotated[
 class FeaturesConfig(Model):
     """The forward pass that fills the feature banks."""
 
-    batch_size: PositiveInt | None = Field(None, description="None = 32 on the CPU, whose caches it fits, else 256")
-    shard_size: PositiveInt = Field(2048, description="images a shard file; an interrupted pass goes on at a shard")
+    batch_size: PositiveInt | None = Field(
+        None, description="None = 32 on the CPU, whose caches it fits, else 256"
+    )
+    shard_size: PositiveInt = Field(
+        2048, description="images a shard file; an interrupted pass goes on at a shard"
+    )
     workers: NonNegativeInt = Field(0, description="processes that decode image files; arrays need none")
     taps: tuple[str, ...] = Field((), description="modules whose pooled outputs are kept beside the features")
 
@@ -294,7 +308,9 @@ class ExperimentConfig(Model):
     transform: TransformConfig
     backbone: BackboneConfig
     features: FeaturesConfig = FeaturesConfig()
-    detectors: dict[str, dict[str, Any]] = Field(description="row name -> hyper-parameters; see ood_helpers.detectors")
+    detectors: dict[str, dict[str, Any]] = Field(
+        description="row name -> hyper-parameters; see ood_helpers.detectors"
+    )
     metrics: MetricsConfig = MetricsConfig()
     published: PublishedConfig | None = None
 
@@ -314,7 +330,9 @@ class ExperimentConfig(Model):
         if self.published is not None:
             for name in self.published.ood_sets:
                 if name not in names:
-                    raise ValueError(f"published.ood_sets names {name!r}, which is no OOD set; {nearest(name, names)}")
+                    raise ValueError(
+                        f"published.ood_sets names {name!r}, which is no OOD set; {nearest(name, names)}"
+                    )
         return self
 
 
@@ -355,11 +373,15 @@ def load_config(
     if path.suffix not in (".yaml", ".yml"):
         path = CONFIG_DIRECTORY / f"{experiment}.yaml"
         if not path.exists():
-            raise InputError(f"No experiment {str(experiment)!r} in configs/; {nearest(str(experiment), config_names())}")
+            raise InputError(
+                f"No experiment {str(experiment)!r} in configs/; {nearest(str(experiment), config_names())}"
+            )
     else:
         path = resolve_path(path)
         if not path.exists():
-            raise InputError(f"No config file {path}; give a path to a YAML file or a name: {', '.join(config_names())}.")
+            raise InputError(
+                f"No config file {path}; give a path to a YAML file or a name: {', '.join(config_names())}."
+            )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -391,7 +413,9 @@ def _apply_override(data: dict, override: str) -> None:
     """Set one value of the raw config: KEY.KEY=VALUE; lists are entered by the `name` of their item."""
     match = re.fullmatch(r"\s*([^=\s]+)\s*=(.*)", override, flags=re.DOTALL)
     if not match:
-        raise InputError(f"The setting {override!r} is not of the form KEY=VALUE, for example himplos.percentile=50.")
+        raise InputError(
+            f"The setting {override!r} is not of the form KEY=VALUE, for example himplos.percentile=50."
+        )
     keys, value = match[1].split("."), yaml.safe_load(match[2])
     detectors = data.get("detectors", {})
     if keys[0] not in ExperimentConfig.model_fields:
@@ -413,7 +437,9 @@ def _apply_override(data: dict, override: str) -> None:
                 place[key] = {}
             place = place[key]
         if not isinstance(place, dict | list):
-            raise InputError(f"The setting {override!r} goes below {'.'.join(keys[: depth + 1])}, which is a plain value.")
+            raise InputError(
+                f"The setting {override!r} goes below {'.'.join(keys[: depth + 1])}, which is a plain value."
+            )
     if isinstance(place, list):
         raise InputError(f"The setting {override!r} ends in a list; name one of its items and a key of it.")
     place[keys[-1]] = value
@@ -425,7 +451,11 @@ def _describe(error: ValidationError) -> str:
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
-        if "input" in problem and not isinstance(problem["input"], dict | list) and problem["type"] != "value_error":
+        if (
+            "input" in problem
+            and not isinstance(problem["input"], dict | list)
+            and problem["type"] != "value_error"
+        ):
             message = f"found {problem['input']!r}, expected: {message}"
         problems.append(f"{place}: {message}" if place else message)
     return "; ".join(problems)

@@ -59,7 +59,9 @@ class Head:
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
             found = f"weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)}"
-            raise InputError(f"A head has {found}, expected [C, D] and [C]; pass the weights of a linear layer.")
+            raise InputError(
+                f"A head has {found}, expected [C, D] and [C]; pass the weights of a linear layer."
+            )
 
     @property
     def num_classes(self) -> int:
@@ -181,9 +183,17 @@ def _read_shard(shard) -> FeatureBank:
     return FeatureBank(shard.get_tensor("features"), shard.get_tensor("logits"), labels, taps)
 
 
-def bank_key(network: Classifier, image_set: ImageSet, transform: Transform, taps: tuple[str, ...] = ()) -> str:
+def bank_key(
+    network: Classifier, image_set: ImageSet, transform: Transform, taps: tuple[str, ...] = ()
+) -> str:
     """SHA-256 over weights, transform, image set (content, labels, what was taken), taps and code version."""
-    parts = [weights_fingerprint(network), transform.fingerprint, image_set.fingerprint, list(taps), EXTRACTION_VERSION]
+    parts = [
+        weights_fingerprint(network),
+        transform.fingerprint,
+        image_set.fingerprint,
+        list(taps),
+        EXTRACTION_VERSION,
+    ]
     return sha256_of_json(parts)
 
 
@@ -280,7 +290,9 @@ def _tapped(network: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Te
     modules, values = dict(network.named_modules()), {}
     for name in names:
         if name not in modules:
-            raise InputError(f"The network has no module {name!r} to tap; expected one of: {', '.join(filter(None, modules))}.")
+            raise InputError(
+                f"The network has no module {name!r} to tap; expected one of: {', '.join(filter(None, modules))}."
+            )
 
     def keep(name):
         def hook(_module, _inputs, output):
@@ -310,10 +322,14 @@ def class_means(bank: Bank, num_classes: int) -> tuple[Tensor, Tensor]:
     sums, counts = None, torch.zeros(num_classes, dtype=torch.int64)
     for shard in bank.shards():
         if shard.labels is None:
-            raise InputError("The bank has no labels, expected the labels of the ID training images; add them to the set.")
+            raise InputError(
+                "The bank has no labels, expected the labels of the ID training images; add them to the set."
+            )
         if len(shard) and not 0 <= int(shard.labels.min()) <= int(shard.labels.max()) < num_classes:
             found = f"{int(shard.labels.min())} to {int(shard.labels.max())}"
-            raise InputError(f"Labels run from {found}, expected 0 to {num_classes - 1}; check num_classes and the labels.")
+            raise InputError(
+                f"Labels run from {found}, expected 0 to {num_classes - 1}; check num_classes and the labels."
+            )
         labels = shard.labels.cpu()
         if sums is None:
             sums = torch.zeros(num_classes, shard.features.shape[1], dtype=torch.float64)
@@ -353,7 +369,9 @@ def _order_statistic(bank: Bank, rank: int) -> float:
             start = bits - 16 if shift is None else shift - 16
             if start < bits - 16:
                 keys = keys[(keys >> keys.dtype.type(start + 16)) == prefix]
-            histogram += np.bincount(((keys >> keys.dtype.type(start)) & 0xFFFF).astype(np.int64), minlength=1 << 16)
+            histogram += np.bincount(
+                ((keys >> keys.dtype.type(start)) & 0xFFFF).astype(np.int64), minlength=1 << 16
+            )
         shift = start
         cumulative = np.cumsum(histogram)
         digit = int(np.searchsorted(cumulative, rank, side="right"))
@@ -371,5 +389,3 @@ def _sortable(values: np.ndarray) -> np.ndarray:
     unsigned = patterns.dtype.type
     top = unsigned(1 << (bits - 1))
     return patterns ^ np.where(patterns & top, unsigned(2 * int(top) - 1), top)
-
-

@@ -59,6 +59,7 @@ class Experiment:
         self.detectors: dict[str, Detector] = create_all(config.detectors)
         self.transform = Transform(**dict(config.transform))
         self.missing: dict[str, str] = {}
+        self._checked = False
         self._image_sets: dict[str, ImageSet] = {}
         self._banks: dict[str, StoredBank] = {}
 
@@ -82,7 +83,10 @@ class Experiment:
         InputError : unknown experiment, wrong setting, device that is not there
         """
         config = load_config(experiment, data_root or None, overrides)
-        folders = resolve_path(run_dir or PROJECT_ROOT / "runs"), resolve_path(figures_dir or PROJECT_ROOT / "figures")
+        folders = (
+            resolve_path(run_dir or PROJECT_ROOT / "runs"),
+            resolve_path(figures_dir or PROJECT_ROOT / "figures"),
+        )
         return cls(config, *folders, seed, device, skip_missing, skip_unreadable)
 
     def with_seed(self, seed: int) -> "Experiment":
@@ -98,7 +102,7 @@ class Experiment:
             self.skip_missing,
             self.skip_unreadable,
         )
-        other.missing, other._image_sets = self.missing, self._image_sets
+        other.missing, other._image_sets, other._checked = self.missing, self._image_sets, self._checked
         return other
 
     # ---- folders and names ------------------------------------------------------------------------------
@@ -161,14 +165,21 @@ class Experiment:
     def _check_labels(self, image_set: ImageSet) -> None:
         expected, number = self.config.id.class_names, self.config.id.num_classes
         if image_set.labels is None:
-            raise InputError(f"{image_set.name} has no labels, expected the class of each image; add them to the set.")
+            raise InputError(
+                f"{image_set.name} has no labels, expected the class of each image; add them to the set."
+            )
         if len(image_set) == 0 or image_set.labels.max() >= number:
             found = "no images" if len(image_set) == 0 else f"a label {image_set.labels.max()}"
-            raise InputError(f"{image_set.name} has {found}, expected labels 0 to {number - 1}; check num_classes.")
+            raise InputError(
+                f"{image_set.name} has {found}, expected labels 0 to {number - 1}; check num_classes."
+            )
         if expected is None or image_set.class_names is None or tuple(image_set.class_names) == expected:
             return
         found = image_set.class_names
-        place = next((i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), min(len(found), len(expected)))
+        place = next(
+            (i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]),
+            min(len(found), len(expected)),
+        )
         raise InputError(
             f"{image_set.name} has {len(found)} classes with {found[place : place + 1]} at label {place}, expected "
             f"{len(expected)} with {expected[place : place + 1]} (id.class_names): the label order differs; "
@@ -184,7 +195,7 @@ class Experiment:
         ------
         MissingDataError : names all that is missing, each with its folder and command
         """
-        if len(self._image_sets) + len(self.missing) >= len(self.config.ood) + 2:
+        if self._checked:
             return
         problems = []
         for name in ID_SETS:
@@ -200,14 +211,19 @@ class Experiment:
                 self.missing[ood.name] = str(error)
         checkpoint = self.config.backbone.checkpoint
         if checkpoint and not resolve_path(checkpoint).exists():
-            problems.append(f"No checkpoint {checkpoint}, expected the weights of the network; put the file there.")
+            problems.append(
+                f"No checkpoint {checkpoint}, expected the weights of the network; put the file there."
+            )
         if self.missing and not self.skip_missing:
             problems += self.missing.values()
             problems.append("To go on without the missing OOD sets, add --skip-missing (skip_missing=True).")
         if problems:
             raise MissingDataError("\n".join(problems))
         if len(self.missing) == len(self.config.ood):
-            raise MissingDataError("All OOD sets are missing, expected at least one:\n" + "\n".join(self.missing.values()))
+            raise MissingDataError(
+                "All OOD sets are missing, expected at least one:\n" + "\n".join(self.missing.values())
+            )
+        self._checked = True
 
     def describe_image_sets(self) -> pd.DataFrame:
         """One row an image set: group, source, count, size, SHA-256 (first digits), status."""
@@ -228,7 +244,9 @@ class Experiment:
                 }
             )
         for name, problem in self.missing.items():
-            rows.append({"set": name, "group": "", "source": problem, "images": 0, "status": "missing, skipped"})
+            rows.append(
+                {"set": name, "group": "", "source": problem, "images": 0, "status": "missing, skipped"}
+            )
         return pd.DataFrame(rows).fillna("")
 
     # ---- backbone ---------------------------------------------------------------------------------------
@@ -256,9 +274,15 @@ class Experiment:
     @property
     def model_directory(self) -> Path:
         """Where a network trained here keeps weights.safetensors and history.csv."""
-        sets = [self.image_set(name).fingerprint for name in ("train", "validation") if getattr(self.config.id, name)]
+        sets = [
+            self.image_set(name).fingerprint
+            for name in ("train", "validation")
+            if getattr(self.config.id, name)
+        ]
         backbone = self.config.backbone.model_dump(exclude={"expected_accuracy", "tolerance"})
-        key = sha256_of_json([backbone, self.config.id.num_classes, sets, self.transform.fingerprint, self.seed])
+        key = sha256_of_json(
+            [backbone, self.config.id.num_classes, sets, self.transform.fingerprint, self.seed]
+        )
         return self.run_dir / "models" / key[:SHORT]
 
     @property
@@ -286,7 +310,12 @@ class Experiment:
             key = bank_key(self.network, self.image_set(name), self.transform, self.config.features.taps)
             directory = self.run_dir / "banks" / key[:SHORT]
             self._banks[name] = extract(
-                self.network, self.image_set(name), self.transform, directory, self.config.features, self.device
+                self.network,
+                self.image_set(name),
+                self.transform,
+                directory,
+                self.config.features,
+                self.device,
             )
         return self._banks[name]
 
@@ -314,7 +343,9 @@ class Experiment:
         for name in ["train", "test", *self.ood_groups]:
             record = self.bank(name).record
             row = {key: record[key] for key in ("set", "images", "seconds", "images_per_second", "device")}
-            rows.append(row | {"features": self.head.feature_dim, "bank": self.bank(name).directory.name[:12]})
+            rows.append(
+                row | {"features": self.head.feature_dim, "bank": self.bank(name).directory.name[:12]}
+            )
         return pd.DataFrame(rows)
 
     def class_means(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -353,8 +384,10 @@ class Experiment:
         if path.exists():
             try:
                 with safe_open(path, framework="np") as stored:
-                    if stored.metadata()["fingerprint"] == fingerprint:
-                        return {name: stored.get_tensor(name) for name in stored.keys()}, json.loads(stored.metadata()["rows"])
+                    metadata = stored.metadata()
+                    if metadata["fingerprint"] == fingerprint:
+                        names = ("test", *self.ood_groups)
+                        return {name: stored.get_tensor(name) for name in names}, json.loads(metadata["rows"])
             except SafetensorError:
                 print(f"{path} is damaged and computed anew.", file=sys.stderr)
         id_accuracy = self.id_accuracy  # the guard stops here, before anything is scored
@@ -398,7 +431,9 @@ class Experiment:
             )
         metadata = {"fingerprint": fingerprint, "rows": json.dumps(rows)}
         with atomic_path(path) as temporary:
-            save_file({name: value.contiguous() for name, value in scores.items()}, temporary, metadata=metadata)
+            save_file(
+                {name: value.contiguous() for name, value in scores.items()}, temporary, metadata=metadata
+            )
         return {name: value.numpy() for name, value in scores.items()}, rows
 
     def _data_hash(self, ood_set: str) -> str:
@@ -408,7 +443,7 @@ class Experiment:
     def scores(self, row: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """ID test scores [N] and OOD set -> scores of a row's detector; higher = more in-distribution."""
         scores = dict(self._score(row)[0])
-        return scores.pop("test"), {name: scores[name] for name in self.ood_groups}
+        return scores.pop("test"), scores
 
     def results(self, rows: Sequence[str] | None = None) -> pd.DataFrame:
         """The long-form results of some rows of the config (default: all), one line a method and OOD set."""
@@ -437,7 +472,7 @@ class Experiment:
         results.export_tables(table, self.figures_directory, stem, self.missing)
 
     def record(self) -> dict:
-        """What the results rest on, for manifest.json: hashes of the image sets, weights and banks."""
+        """What the results rest on, for manifest.json: image sets, weights, accuracy, banks and their forward passes."""
         sets = [*(name for name in ID_SETS if getattr(self.config.id, name)), *self.ood_groups]
         described = {
             name: {
@@ -448,16 +483,27 @@ class Experiment:
             }
             for name in sets
         }
-        banks = {name: self.bank(name).directory.name for name in sets if name != "validation"}
-        weights = weights_fingerprint(self.network)
-        return {"image_sets": described, "missing": self.missing, "weights_sha256": weights, "banks": banks}
+        banks = {
+            name: {"key": self.bank(name).directory.name, **self.bank(name).record}
+            for name in sets
+            if name != "validation"
+        }
+        return {
+            "image_sets": described,
+            "missing": self.missing,
+            "weights_sha256": weights_fingerprint(self.network),
+            "id_accuracy": self.id_accuracy,
+            "banks": banks,
+        }
 
 
 def _code_hash(*objects) -> str:
     """SHA-256 over the source of modules and of a class with its bases, so that changed code is run again."""
     parts = []
     for item in objects:
-        for part in [base for base in item.__mro__ if base is not object] if inspect.isclass(item) else [item]:
+        for part in (
+            [base for base in item.__mro__ if base is not object] if inspect.isclass(item) else [item]
+        ):
             try:
                 module = inspect.getmodule(part)
                 parts.append(inspect.getsource(module if module and hasattr(module, "__file__") else part))

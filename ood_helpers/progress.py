@@ -6,8 +6,17 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 
-def track(iterable: Iterable | None = None, description: str = "", total: int | None = None, unit: str = "it") -> tqdm:
+def track(
+    iterable: Iterable | None = None, description: str = "", total: int | None = None, unit: str = "it"
+) -> tqdm:
     """A tqdm bar over `iterable`, or one to be moved with `.update(n)` when there is none."""
     return tqdm(
-        iterable, desc=description, total=total, unit=unit, file=sys.stderr, mininterval=0.5, dynamic_ncols=False, ncols=88
+        iterable,
+        desc=description,
+        total=total,
+        unit=unit,
+        file=sys.stderr,
+        mininterval=0.5,
+        dynamic_ncols=False,
+        ncols=88,
     )

@@ -17,7 +17,17 @@ from ood_helpers.pipeline import Experiment
 from ood_helpers.results import METRICS, describe_table, read_results, wide_table
 from ood_helpers.runner import Outcome, Task
 
-PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pandas", "matplotlib", "safetensors", "papermill", "pydantic")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scikit-learn",
+    "pandas",
+    "matplotlib",
+    "safetensors",
+    "papermill",
+    "pydantic",
+)
 
 
 def write_manifest(
@@ -32,9 +42,12 @@ def write_manifest(
     manifest = {
         "experiment": experiment.config.name,
         "seeds": seeds,
-        "parameters": {key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")},
+        "parameters": {
+            key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")
+        },
         "config": experiment.config.model_dump(mode="json", exclude_none=True),
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}, {experiment.device}",
         "git_commit": _git_commit(),
         "inputs": {f"seed{seed}": experiment.with_seed(seed).record() for seed in seeds},
@@ -43,7 +56,7 @@ def write_manifest(
             for path in sorted(figures.rglob("*"))
             if path.is_file() and path.name != "manifest.json"
         },
-        "notebooks": {name: {"status": outcome.status, "error": outcome.error} for name, outcome in outcomes.items()},
+        "notebooks": {name: outcome.status for name, outcome in outcomes.items()},
     }
     text = json.dumps(manifest)
     for root, name in (
@@ -82,7 +95,12 @@ def write_report(
     if results_path.exists():
         results = read_results(results_path)
         for metric in METRICS:
-            tables.append({"html": _html_table(results, metric), "text": describe_table(results, metric, experiment.missing)})
+            tables.append(
+                {
+                    "html": _html_table(results, metric),
+                    "text": describe_table(results, metric, experiment.missing),
+                }
+            )
     published = experiment.config.published
     page = (
         jinja2.Environment(autoescape=True)
@@ -110,6 +128,8 @@ def _html_table(results: pd.DataFrame, metric: str) -> str:
     table = wide_table(results, metric)
     rounded = table.round(1)
     best = rounded.eq(rounded.min() if metric == "fpr95" else rounded.max())
-    styler = table.style.format("{:.1f}").apply(lambda _: best.map({True: "font-weight: bold", False: ""}.get), axis=None)
+    styler = table.style.format("{:.1f}").apply(
+        lambda _: best.map({True: "font-weight: bold", False: ""}.get), axis=None
+    )
     styler.index.name = None
     return styler.to_html()

@@ -166,7 +166,9 @@ def describe_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = 
     return text + (f" Without {', '.join(missing)}: not found and skipped." if missing else "")
 
 
-def export_tables(results: pd.DataFrame, directory: Path, stem: str, missing: Iterable[str] = ()) -> list[Path]:
+def export_tables(
+    results: pd.DataFrame, directory: Path, stem: str, missing: Iterable[str] = ()
+) -> list[Path]:
     """Write the FPR95 and AUROC tables as CSV, Markdown and LaTeX: `directory`/`stem`_fpr95.csv and so on."""
     missing, written = list(missing), []
     for metric in METRICS:

@@ -41,7 +41,8 @@ class Task:
 
 @dataclass
 class Outcome:
-    """What became of a task: `done`, `up to date`, `failed` (with the cell and the error) or `skipped`."""
+    """What became of a task: `done`, `up to date`, `failed` (with the cell and the error) or `skipped`;
+    for one that this run left out, what `Runner.earlier` says."""
 
     status: str
     seconds: float = 0.0
@@ -76,7 +77,9 @@ def plan(seeds: Iterable[int], only: Iterable[str] | None = None) -> list[Task]:
         per_seed = about.get("per_seed", False)
         for seed in seeds if per_seed else seeds[:1]:
             needs = [
-                task.name for task in tasks if task.notebook.stem in about.get("needs", ()) and _meets(task, per_seed, seed)
+                task.name
+                for task in tasks
+                if task.notebook.stem in about.get("needs", ()) and _meets(task, per_seed, seed)
             ]
             suffix = f".seed{seed}" if per_seed and len(seeds) > 1 else ""
             tasks.append(Task(name + suffix, NOTEBOOKS / f"{name}.ipynb", seed, tuple(needs), per_seed))
@@ -129,7 +132,9 @@ class Runner:
     def __init__(self, experiment: Experiment, parameters: dict, seeds: list[int], tasks: list[Task]) -> None:
         self.experiment, self.parameters, self.seeds, self.tasks = experiment, parameters, seeds, tasks
         self.directory = experiment.directory / "notebooks"
-        code = {str(path): sha256_of_file(path) for path in sorted((PROJECT_ROOT / "ood_helpers").rglob("*.py"))}
+        code = {
+            str(path): sha256_of_file(path) for path in sorted((PROJECT_ROOT / "ood_helpers").rglob("*.py"))
+        }
         images = {name: item.fingerprint for name, item in sorted(experiment._image_sets.items())}
         settings = {key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")}
         self._common = [sorted(code.values()), images, settings, experiment.config.model_dump(mode="json")]
@@ -149,19 +154,29 @@ class Runner:
 
     def _figures(self, task: Task) -> list[str]:
         folder = self.experiment.with_seed(task.seed).figures_directory
-        return sorted(path.relative_to(self.experiment.figures_root).as_posix() for path in folder.glob(f"{task.notebook.stem}_*"))
+        return sorted(
+            path.relative_to(self.experiment.figures_root).as_posix()
+            for path in folder.glob(f"{task.notebook.stem}*")
+        )
 
-    def up_to_date(self, task: Task) -> bool:
-        """Whether the executed notebook and its figures are there under the present fingerprint."""
+    def earlier(self, task: Task) -> Outcome:
+        """What an earlier run left of a task: `up to date`, `out of date` or `not run`.
+
+        It is up to date while the executed notebook and its figures are there under the present fingerprint.
+        """
         record = self.executed(task).with_suffix(".json")
         if not (record.exists() and self.executed(task).exists()):
-            return False
+            return Outcome("not run")
         kept = json.loads(record.read_text())
-        outputs = all((self.experiment.figures_root / name).exists() for name in kept["outputs"])
-        results = not task.notebook.stem.startswith("30_") or (self.experiment.directory / "results.csv").exists()
-        return kept["fingerprint"] == self.fingerprint(task) and outputs and results
+        complete = all((self.experiment.figures_root / name).exists() for name in kept["outputs"])
+        if task.notebook.stem == "30_results":
+            complete = complete and (self.experiment.directory / "results.csv").exists()
+        current = complete and kept["fingerprint"] == self.fingerprint(task)
+        return Outcome("up to date" if current else "out of date", kept["seconds"], outputs=kept["outputs"])
 
-    def run(self, jobs: int, force: bool, report: Report, finish: Callable[[Task, Outcome], None]) -> dict[str, Outcome]:
+    def run(
+        self, jobs: int, force: bool, report: Report, finish: Callable[[Task, Outcome], None]
+    ) -> dict[str, Outcome]:
         """Run all tasks, `jobs` at a time where they are independent; a failure stops only what needs it."""
         outcomes: dict[str, Outcome] = {}
         waiting, running = list(self.tasks), {}
@@ -171,13 +186,16 @@ class Runner:
                 for task in list(waiting):
                     states = [outcomes[need].status if need in outcomes else "waiting" for need in task.needs]
                     if any(state in ("failed", "skipped") for state in states):
-                        broken = [n for n in task.needs if n in outcomes and outcomes[n].status in ("failed", "skipped")]
+                        broken = [
+                            n
+                            for n in task.needs
+                            if n in outcomes and outcomes[n].status in ("failed", "skipped")
+                        ]
                         outcomes[task.name] = Outcome("skipped", error=f"it needs {', '.join(broken)}")
                     elif "waiting" in states or len(running) >= jobs:
                         continue
-                    elif not force and self.up_to_date(task):
-                        kept = json.loads(self.executed(task).with_suffix(".json").read_text())
-                        outcomes[task.name] = Outcome("up to date", kept["seconds"], outputs=kept["outputs"])
+                    elif not force and (earlier := self.earlier(task)).status == "up to date":
+                        outcomes[task.name] = earlier
                     else:
                         running[pool.submit(self._execute, task, report)] = task
                         waiting.remove(task)
@@ -236,5 +254,3 @@ class Runner:
         record = {"fingerprint": fingerprint, "seconds": outcome.seconds, "outputs": outcome.outputs}
         write_json(output.with_suffix(".json"), record)
         return outcome
-
-
