@@ -23,7 +23,7 @@ lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_start_here.ipynb $(ARGS)
 
 bench: $(STAMP)
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script $(ARGS) || exit 1; done
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script $(RUN_OPTIONS) $(ARGS) || exit 1; done
 
 environment: $(STAMP)
 

@@ -8,13 +8,12 @@ import subprocess
 from pathlib import Path
 
 import jinja2
-import pandas as pd
 import yaml
 
 from ood_helpers.config import PROJECT_ROOT, resolve_path
 from ood_helpers.files import sha256_of_file, write_json, write_text
 from ood_helpers.pipeline import Experiment
-from ood_helpers.results import METRICS, describe_table, read_results, wide_table
+from ood_helpers.results import METRICS, describe_table, html_table, read_results
 from ood_helpers.runner import Outcome, Task
 
 PACKAGES = (
@@ -97,7 +96,8 @@ def write_report(
         for metric in METRICS:
             tables.append(
                 {
-                    "html": _html_table(results, metric),
+                    "name": METRICS[metric][0],
+                    "html": html_table(results, metric, experiment.missing),
                     "text": describe_table(results, metric, experiment.missing),
                 }
             )
@@ -121,15 +121,3 @@ def write_report(
     path = experiment.directory / "report.html"
     write_text(path, page)
     return path
-
-
-def _html_table(results: pd.DataFrame, metric: str) -> str:
-    """The wide table with its intervals; the best of a column in bold."""
-    table = wide_table(results, metric)
-    rounded = table.round(1)
-    best = rounded.eq(rounded.min() if metric == "fpr95" else rounded.max())
-    styler = table.style.format("{:.1f}").apply(
-        lambda _: best.map({True: "font-weight: bold", False: ""}.get), axis=None
-    )
-    styler.index.name = None
-    return styler.to_html()

@@ -1,6 +1,7 @@
 """The long-form results table, the published values beside it, and its export."""
 
-from collections.abc import Iterable
+import html
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -87,45 +88,51 @@ def _ordered_sets(results: pd.DataFrame) -> dict[str, str]:
     return dict(order)
 
 
-def _cells(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The wide table as text: value with its interval, or with its spread over several seeds."""
+def _cells(
+    results: pd.DataFrame, metric: str, missing: Iterable[str], bold: Callable[[str], str], escape=str
+) -> pd.DataFrame:
+    """The wide table as text: values with their interval, or with their spread over several seeds.
+
+    The best value of each column, ties at the printed precision included, goes through `bold`; all texts go
+    through `escape`; a column that says so is added for each missing set.
+    """
     table = wide_table(results, metric)
     cells = table.map("{:.1f}".format)
-    by_cell = results.groupby(["method", "ood_set"], sort=False)
-    for (method, ood_set), rows in by_cell:
+    for (method, ood_set), rows in results.groupby(["method", "ood_set"], sort=False):
         if len(rows) > 1:
-            spread = f" ± {rows[metric].std():.1f}"
+            cells.loc[method, ood_set] += f" ± {rows[metric].std():.1f}"
         else:
-            spread = f" ({rows[f'{metric}_lo'].iloc[0]:.1f}–{rows[f'{metric}_hi'].iloc[0]:.1f})"
-        cells.loc[method, ood_set] += spread
-    return cells
-
-
-def _best(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Where a column's best value stands, ties at the printed precision included."""
+            cells.loc[method, ood_set] += (
+                f" ({rows[f'{metric}_lo'].iloc[0]:.1f}–{rows[f'{metric}_hi'].iloc[0]:.1f})"
+            )
     rounded = table.round(1)
-    return rounded.eq(rounded.min() if metric == "fpr95" else rounded.max())
+    best = rounded.eq(rounded.min() if metric == "fpr95" else rounded.max())
+    cells = cells.map(escape)
+    cells = cells.where(~best, cells.map(bold)).rename(index=escape, columns=escape)
+    for name in missing:
+        cells[escape(name)] = "missing"
+    return cells
 
 
 def markdown_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = ()) -> str:
     """One metric as a Markdown table: methods x sets with intervals, the best of each column in bold."""
-    cells, best = _cells(results, metric), _best(wide_table(results, metric), metric)
-    cells = cells.where(~best, "**" + cells + "**")
-    for name in missing:
-        cells[name] = "missing"
+    cells = _cells(results, metric, missing, bold="**{}**".format)
     lines = ["| " + " | ".join(["method", *cells.columns]) + " |", "|---" * (1 + len(cells.columns)) + "|"]
     lines += ["| " + " | ".join([method, *row]) + " |" for method, row in zip(cells.index, cells.to_numpy())]
     return "\n".join([*lines, "", describe_table(results, metric, missing), ""])
 
 
+def html_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = ()) -> str:
+    """One metric as an HTML table: methods x sets with intervals, the best of each column in bold."""
+    cells = _cells(results, metric, missing, bold="<b>{}</b>".format, escape=html.escape)
+    cells.index.name = cells.columns.name = None
+    return cells.to_html(escape=False, border=0)
+
+
 def latex_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = ()) -> str:
     """One metric as a LaTeX booktabs table with the best of each column in bold."""
-    cells, best = _cells(results, metric), _best(wide_table(results, metric), metric)
-    cells = cells.map(_latex)
-    cells = cells.where(~best, r"\textbf{" + cells + "}")
-    for name in missing:
-        cells[name] = "missing"
-    rows = [" & ".join([_latex(method), *row]) + r" \\" for method, row in zip(cells.index, cells.to_numpy())]
+    cells = _cells(results, metric, missing, bold=r"\textbf{{{}}}".format, escape=_latex)
+    rows = [" & ".join([method, *row]) + r" \\" for method, row in zip(cells.index, cells.to_numpy())]
     return "\n".join(
         [
             r"\begin{table}",
@@ -133,7 +140,7 @@ def latex_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = ())
             rf"\caption{{{_latex(describe_table(results, metric, missing))}}}",
             rf"\begin{{tabular}}{{l{'r' * len(cells.columns)}}}",
             r"\toprule",
-            " & ".join(["method", *map(_latex, cells.columns)]) + r" \\",
+            " & ".join(["method", *cells.columns]) + r" \\",
             r"\midrule",
             *rows,
             r"\bottomrule",

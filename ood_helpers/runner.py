@@ -146,7 +146,13 @@ class Runner:
         return sha256_of_json([cells, self._task_parameters(task), self._common])
 
     def _task_parameters(self, task: Task) -> dict:
-        return {"seed": task.seed} if task.per_seed else {"seeds": self.seeds, "seed": self.seeds[0]}
+        """The parameters of the run and the task that the notebook's parameters cell names."""
+        parameters = self.parameters | {"seed": task.seed, "seeds": self.seeds}
+        return {
+            name: parameters[name]
+            for name in papermill.inspect_notebook(str(task.notebook))
+            if name in parameters
+        }
 
     def executed(self, task: Task) -> Path:
         """Where the executed notebook goes."""
@@ -228,7 +234,7 @@ class Runner:
             papermill.execute_notebook(
                 task.notebook,
                 running,
-                parameters=self.parameters | self._task_parameters(task),
+                parameters=self._task_parameters(task),
                 engine_name="reporting",
                 kernel_name="python3",
                 cwd=PROJECT_ROOT,

@@ -109,8 +109,8 @@ def test_parameters_reach_the_notebook_once_a_seed(notebooks, tmp_path):
     outcomes = run(tmp_path, seeds=(3, 5), jobs=1, overrides=["line.delta=0.5"])[1]
     assert list(outcomes) == ["01_seeded.seed3", "01_seeded.seed5", "02_whole"]
     assert log.read_text().split(";")[:3] == [
-        "digits 3 [0] ['line.delta=0.5']",
-        "digits 5 [0] ['line.delta=0.5']",
+        "digits 3 [3, 5] ['line.delta=0.5']",
+        "digits 5 [3, 5] ['line.delta=0.5']",
         "digits 3 [3, 5] ['line.delta=0.5']",
     ]
 

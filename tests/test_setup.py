@@ -1,8 +1,11 @@
 """The environment files agree, and notebooks are committed without outputs."""
 
 import ast
+import json
 import re
+import subprocess
 import tomllib
+from hashlib import sha256
 
 import nbformat
 import pytest
@@ -82,3 +85,32 @@ def test_notebooks_are_committed_without_outputs_and_with_parameters(path):
         if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("save_figure", "export_tables"):
             name = call.args[1].value
             assert name.startswith(path.stem), f"the output {name} does not start with its notebook's name"
+
+
+def committed(path) -> bytes:
+    """A file as the checkout's last commit has it: a user's own run may have changed it since."""
+    shown = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=PROJECT_ROOT, capture_output=True)
+    if not (PROJECT_ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
+
+
+def test_the_readme_shows_the_committed_results():
+    assert committed("figures/cifar10_npz/30_results_fpr95.md").strip() in committed("README.md")
+
+
+@pytest.mark.parametrize("experiment", ["digits", "cifar10_npz"])
+def test_committed_figures_are_those_of_the_committed_manifest(experiment):
+    outputs = json.loads(committed(f"figures/{experiment}/manifest.json"))["outputs"]
+    command = ["git", "ls-tree", "--name-only", "HEAD", f"figures/{experiment}/"]
+    names = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True).stdout.split()
+    pictures = {name.rsplit("/", 1)[1]: name for name in names if not name.endswith("manifest.json")}
+    assert "30_results.png" in pictures
+    for name, path in pictures.items():
+        assert sha256(committed(path)).hexdigest() == outputs[name], f"{path} is not what the last run made"
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", (PROJECT_ROOT / "README.md").read_text()))
+def test_the_readmes_links_lead_somewhere(link):
+    assert (PROJECT_ROOT / link).exists()

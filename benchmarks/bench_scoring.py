@@ -1,0 +1,75 @@
+"""What does scoring cost beside the forward pass that fills the banks?
+
+    python benchmarks/bench_scoring.py --config cifar10_npz --data-root ../shared
+
+Times, in one run, the network's forward pass over a sample of the experiment's images and everything that follows
+from cached banks: fit, scores, metrics and bootstrap intervals of every method on every set. Prints the ratio and
+writes benchmarks/results/scoring_<config>.csv with machine, versions and command.
+"""
+
+import argparse
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from ood_helpers.config import PROJECT_ROOT
+from ood_helpers.features import extract
+from ood_helpers.files import write_text
+from ood_helpers.pipeline import Experiment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="digits")
+    parser.add_argument("--data-root", default="")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--images", type=int, default=512, help="images of the ID test set that are passed and timed"
+    )
+    arguments = parser.parse_args()
+    run = Experiment.open(arguments.config, arguments.data_root, device=arguments.device)
+    images = sum(
+        len(run.bank(name)) for name in ("train", "test", *run.ood_groups)
+    )  # fills the banks if need be
+
+    sample = run.image_set("test").take(range(min(arguments.images, len(run.image_set("test")))))
+    with tempfile.TemporaryDirectory() as folder:
+        extract(run.network, sample, run.transform, Path(folder) / "warm-up", run.config.features, run.device)
+        bank = extract(
+            run.network, sample, run.transform, Path(folder) / "timed", run.config.features, run.device
+        )
+    forward = bank.record["seconds"] / len(sample) * images
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        run.run_dir = Path(folder)  # no score is there yet; the banks stay open
+        for row, detector in run.detectors.items():
+            begin = time.perf_counter()
+            run.results([row])
+            rows.append({"method": detector.label, "seconds": time.perf_counter() - begin})
+    table = pd.DataFrame([*rows, {"method": "all methods", "seconds": sum(row["seconds"] for row in rows)}])
+    table["share_of_forward_pass"] = table.seconds / forward
+    table["forward_pass_seconds"] = forward
+    table["images"] = images
+    table["machine"] = (
+        f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {run.device}"
+    )
+    table["versions"] = f"python {platform.python_version()}, torch {torch.__version__}"
+    table["command"] = f"python benchmarks/bench_scoring.py --config {arguments.config}"
+    print(
+        table[["method", "seconds", "share_of_forward_pass"]].round(4).to_string(index=False), file=sys.stdout
+    )
+    print(f"forward pass of {images:,} images: {forward:.1f} s, extrapolated from {len(sample)}")
+    path = PROJECT_ROOT / "benchmarks" / "results" / f"scoring_{arguments.config}.csv"
+    write_text(path, table.to_csv(index=False, float_format="%.4g", lineterminator="\n"))
+
+
+if __name__ == "__main__":
+    main()
