@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,15 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ood_helpers import features, metrics, plots, results
+from ood_helpers import metrics, plots, results
 from ood_helpers.backbones import Classifier, build, load_checkpoint, weights_fingerprint
 from ood_helpers.config import PROJECT_ROOT, ExperimentConfig, load_config, resolve_path
 from ood_helpers.data import ImageSet, Transform, open_image_set
 from ood_helpers.detectors import Detector, create_all
 from ood_helpers.errors import InputError, MissingDataError, nearest
 from ood_helpers.features import Head, StoredBank, accuracy, bank_key, class_means, extract, resolve_device
-from ood_helpers.files import atomic_path, sha256_of_json
-from ood_helpers.training import train_classifier
+from ood_helpers.files import atomic_path, sha256_of_file, sha256_of_json
+from ood_helpers.training import TRAINING_VERSION, train_classifier
 
 ID_SETS = ("train", "validation", "test")
 SHORT = 20  # hexadecimal digits of a fingerprint in a folder's name
@@ -373,7 +372,7 @@ class Experiment:
                 "groups": self.ood_groups,
                 "metrics": self.config.metrics.model_dump(),
                 "published": self.config.published.model_dump() if self.config.published else None,
-                "code": _code_hash(type(detector), features, metrics, results),
+                "code": _code_hash(type(detector)),
             }
         )
 
@@ -497,16 +496,16 @@ class Experiment:
         }
 
 
-def _code_hash(*objects) -> str:
-    """SHA-256 over the source of modules and of a class with its bases, so that changed code is run again."""
-    parts = []
-    for item in objects:
-        for part in (
-            [base for base in item.__mro__ if base is not object] if inspect.isclass(item) else [item]
-        ):
-            try:
-                module = inspect.getmodule(part)
-                parts.append(inspect.getsource(module if module and hasattr(module, "__file__") else part))
-            except (OSError, TypeError):  # a class typed into a console has no source to compare
-                parts.append(repr(time.time_ns()))
-    return sha256("".join(parts).encode()).hexdigest()
+def _code_hash(detector_class: type[Detector]) -> str:
+    """SHA-256 over the code a score depends on, so that changed code is run again: detectors, features,
+    metrics, results, and the detector's own source where it stands outside this package."""
+    package = Path(__file__).parent
+    files = [
+        *sorted((package / "detectors").glob("*.py")),
+        *(package / f"{name}.py" for name in ("features", "metrics", "results")),
+    ]
+    try:
+        own = inspect.getsource(detector_class)
+    except (OSError, TypeError):  # typed into a console: nothing to compare, so never taken for unchanged
+        own = str(time.time_ns())
+    return sha256_of_json([sha256_of_file(file) for file in files] + [own])

@@ -11,9 +11,10 @@ from ood_helpers.training.classifier import (
     steps_per_epoch,
     train_classifier,
 )
-from ood_helpers.training.loop import train
+from ood_helpers.training.loop import TRAINING_VERSION, train
 
 __all__ = [
+    "TRAINING_VERSION",
     "augment",
     "augmented_batches",
     "check_labels",

@@ -22,6 +22,7 @@ EpochBatches = Callable[[torch.Generator], Iterable[Batch]]
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Mapping[str, Tensor | float]]]
 Validation = Callable[[nn.Module], Mapping[str, float]]
 
+TRAINING_VERSION = 1  # raise it when the same settings and images give other weights
 STEPS_BETWEEN_CHECKS = 50  # looking at the loss waits for the GPU
 
 
