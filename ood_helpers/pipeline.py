@@ -131,6 +131,11 @@ class Experiment:
         return names or tuple(map(str, range(self.config.id.num_classes)))
 
     @property
+    def id_names(self) -> list[str]:
+        """Those of train, validation and test that the config has."""
+        return [name for name in ID_SETS if getattr(self.config.id, name) is not None]
+
+    @property
     def ood_groups(self) -> dict[str, str]:
         """OOD set -> near or far, without those that are missing and skipped; near sets first."""
         self.check_images()
@@ -148,7 +153,7 @@ class Experiment:
         InputError : unknown name, damaged data, class names in another order than the config's
         """
         if name not in self._image_sets:
-            sources = {key: getattr(self.config.id, key) for key in ID_SETS if getattr(self.config.id, key)}
+            sources = {key: getattr(self.config.id, key) for key in self.id_names}
             sources |= {ood.name: ood.images for ood in self.config.ood}
             if name not in sources:
                 raise InputError(f"No image set {name!r} in {self.config.name}; {nearest(name, sources)}")
@@ -197,12 +202,11 @@ class Experiment:
         if self._checked:
             return
         problems = []
-        for name in ID_SETS:
-            if getattr(self.config.id, name) is not None:
-                try:
-                    self.image_set(name)
-                except MissingDataError as error:
-                    problems.append(str(error))
+        for name in self.id_names:
+            try:
+                self.image_set(name)
+            except MissingDataError as error:
+                problems.append(str(error))
         for ood in self.config.ood:
             try:
                 self.image_set(ood.name)
@@ -227,7 +231,7 @@ class Experiment:
     def describe_image_sets(self) -> pd.DataFrame:
         """One row an image set: group, source, count, size, SHA-256 (first digits), status."""
         rows = []
-        for name in [*(key for key in ID_SETS if getattr(self.config.id, key)), *self.ood_groups]:
+        for name in [*self.id_names, *self.ood_groups]:
             image_set = self.image_set(name)
             size = image_set.image(0).size
             skipped = f", {len(image_set.skipped)} unreadable skipped" if image_set.skipped else ""
@@ -273,16 +277,10 @@ class Experiment:
     @property
     def model_directory(self) -> Path:
         """Where a network trained here keeps weights.safetensors and history.csv."""
-        sets = [
-            self.image_set(name).fingerprint
-            for name in ("train", "validation")
-            if getattr(self.config.id, name)
-        ]
+        sets = [self.image_set(name).fingerprint for name in self.id_names if name != "test"]
         backbone = self.config.backbone.model_dump(exclude={"expected_accuracy", "tolerance"})
-        key = sha256_of_json(
-            [backbone, self.config.id.num_classes, sets, self.transform.fingerprint, self.seed]
-        )
-        return self.run_dir / "models" / key[:SHORT]
+        settings = [backbone, self.config.id.num_classes, sets, self.transform.fingerprint, self.seed]
+        return self.run_dir / "models" / sha256_of_json([*settings, TRAINING_VERSION])[:SHORT]
 
     @property
     def training_history(self) -> pd.DataFrame | None:
@@ -472,7 +470,7 @@ class Experiment:
 
     def record(self) -> dict:
         """What the results rest on, for manifest.json: image sets, weights, accuracy, banks and their forward passes."""
-        sets = [*(name for name in ID_SETS if getattr(self.config.id, name)), *self.ood_groups]
+        sets = [*self.id_names, *self.ood_groups]
         described = {
             name: {
                 "source": self.image_set(name).source,
