@@ -165,7 +165,7 @@ def test_colour_modes_become_rgb(tmp_path):
         "bit.png": (Image.fromarray(grey > 150), np.dstack([(grey > 150) * 255] * 3)),
         "deep.png": (Image.fromarray(grey.astype(np.uint16) * 257), np.dstack([grey] * 3)),
         "deep.tif": (Image.fromarray(grey.astype(np.uint16) * 257), np.dstack([grey] * 3)),
-        "deep.pgm": (Image.fromarray(grey.astype(np.uint16) * 257), np.dstack([grey] * 3)),
+        "deep.pgm": (Image.fromarray(grey.astype(np.int32) * 257), np.dstack([grey] * 3)),
         "print.tif": (
             Image.fromarray(np.dstack([255 - grey] * 3 + [grey * 0]), "CMYK"),
             np.dstack([grey] * 3),
