@@ -69,7 +69,8 @@ def parse_arguments() -> argparse.Namespace:
 def show_list(experiment: Experiment) -> None:
     console.print("[bold]Notebooks[/bold]")
     for task in plan([0]):
-        console.print(f"  {task.name:24}{'needs ' + ', '.join(task.needs) if task.needs else ''}")
+        needs = [*task.needs, *task.after]
+        console.print(f"  {task.name:24}{'after ' + ', '.join(needs) if needs else ''}")
     console.print("[bold]Experiments[/bold]")
     for name in config_names():
         console.print(f"  {name:24}{load_config(name).description}")
@@ -154,7 +155,8 @@ def main() -> int:
     outcomes = {task.name: outcomes.get(task.name) or runner.earlier(task) for task in everything}
     manifest = write_manifest(experiment, parameters, seeds, outcomes)
     report = write_report(experiment, manifest, everything, outcomes)
-    console.print(f"Results    {experiment.directory / 'results.csv'}")
+    if (experiment.directory / "results.csv").exists():
+        console.print(f"Results    {experiment.directory / 'results.csv'}")
     console.print(
         f"Figures    {experiment.figures_root / experiment.config.name}  (and tables: CSV, Markdown, LaTeX)"
     )

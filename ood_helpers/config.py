@@ -216,6 +216,14 @@ class Backbone(Model):
         return self
 
 
+def _depth_of_three_stages(backbone: Any) -> Any:
+    if (backbone.depth - 4) % 6:
+        raise ValueError(
+            f"depth {backbone.depth} of {backbone.architecture} is not 6 n + 4 (three stages of n two-layer units)"
+        )
+    return backbone
+
+
 class DenseNetBackbone(Backbone):
     """DenseNet-BC for 32 x 32 (or smaller) images; depth 100, growth rate 12 is the papers' DenseNet-101."""
 
@@ -224,13 +232,7 @@ class DenseNetBackbone(Backbone):
     growth_rate: PositiveInt = 12
     dropout: float = Field(0.0, ge=0, lt=1)
 
-    @model_validator(mode="after")
-    def _depth_of_three_blocks(self) -> "DenseNetBackbone":
-        if (self.depth - 4) % 6:
-            raise ValueError(
-                f"depth {self.depth} of densenet_bc is not 6 n + 4 (three blocks of n two-layer units)"
-            )
-        return self
+    _check_depth = model_validator(mode="after")(_depth_of_three_stages)
 
 
 class WideResNetBackbone(Backbone):
@@ -241,13 +243,7 @@ class WideResNetBackbone(Backbone):
     widen_factor: PositiveInt = 2
     dropout: float = Field(0.0, ge=0, lt=1)
 
-    @model_validator(mode="after")
-    def _depth_of_three_groups(self) -> "WideResNetBackbone":
-        if (self.depth - 4) % 6:
-            raise ValueError(
-                f"depth {self.depth} of wide_resnet is not 6 n + 4 (three groups of n two-layer units)"
-            )
-        return self
+    _check_depth = model_validator(mode="after")(_depth_of_three_stages)
 
 
 class CifarResNet18Backbone(Backbone):
@@ -283,10 +279,9 @@ class FeaturesConfig(Model):
 
 
 class MetricsConfig(Model):
-    """Confidence intervals."""
+    """The 95 % confidence intervals."""
 
     bootstrap_resamples: PositiveInt = 1000
-    confidence: float = Field(0.95, gt=0, lt=1)
 
 
 class PublishedConfig(Model):
@@ -416,7 +411,13 @@ def _apply_override(data: dict, override: str) -> None:
         raise InputError(
             f"The setting {override!r} is not of the form KEY=VALUE, for example himplos.percentile=50."
         )
-    keys, value = match[1].split("."), yaml.safe_load(match[2])
+    keys = match[1].split(".")
+    try:
+        value = yaml.safe_load(match[2])
+    except yaml.YAMLError:
+        raise InputError(
+            f"The value of the setting {override!r} is not valid YAML; put text with brackets in quotes."
+        ) from None
     detectors = data.get("detectors", {})
     if keys[0] not in ExperimentConfig.model_fields:
         if keys[0] not in detectors:

@@ -22,7 +22,7 @@ from ood_helpers.backbones import Classifier, weights_fingerprint
 from ood_helpers.config import FeaturesConfig
 from ood_helpers.data import ImageSet, Transform, image_batches
 from ood_helpers.errors import InputError
-from ood_helpers.files import atomic_path, sha256_of_json, write_json
+from ood_helpers.files import atomic_path, locked, sha256_of_json, write_json
 from ood_helpers.progress import track
 
 EXTRACTION_VERSION = 1  # raise it when the numbers in a bank change for the same network and images
@@ -184,17 +184,16 @@ def _read_shard(shard) -> FeatureBank:
 
 
 def bank_key(
-    network: Classifier, image_set: ImageSet, transform: Transform, taps: tuple[str, ...] = ()
+    network: Classifier,
+    image_set: ImageSet,
+    transform: Transform,
+    taps: tuple[str, ...] = (),
+    device: torch.device | str = "cpu",
 ) -> str:
-    """SHA-256 over weights, transform, image set (content, labels, what was taken), taps and code version."""
-    parts = [
-        weights_fingerprint(network),
-        transform.fingerprint,
-        image_set.fingerprint,
-        list(taps),
-        EXTRACTION_VERSION,
-    ]
-    return sha256_of_json(parts)
+    """SHA-256 over weights, transform, image set (content, labels, what was taken), taps, kind of device, code version."""
+    kind = torch.device(device).type  # the last bits differ between kinds of device; a table rests on one
+    parts = [weights_fingerprint(network), transform.fingerprint, image_set.fingerprint, list(taps), kind]
+    return sha256_of_json([*parts, EXTRACTION_VERSION])
 
 
 def extract(
@@ -216,9 +215,13 @@ def extract(
     InputError : unreadable image, damaged shard, NaN or infinite features, unknown tap
     """
     directory = Path(directory)
-    done = StoredBank.open(directory)
-    if done is not None:
-        return done
+    with locked(directory):
+        return StoredBank.open(directory) or _extract(
+            network, image_set, transform, directory, options, device
+        )
+
+
+def _extract(network, image_set, transform, directory, options, device) -> StoredBank:
     starts = range(0, len(image_set), options.shard_size)
     network.eval().to(device, memory_format=torch.channels_last)
     with track(description=image_set.name, total=len(image_set), unit="image") as bar:

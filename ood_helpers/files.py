@@ -1,13 +1,17 @@
 """Atomic writes and content hashes."""
 
+import getpass
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -29,6 +33,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process of this machine at a time does the work that ends in `path`; the others wait and find it done."""
+    folder = Path(tempfile.gettempdir()) / f"ood_helpers-{getpass.getuser()}"
+    folder.mkdir(exist_ok=True)
+    lock = FileLock(folder / f"{sha256_of_json(str(Path(path).resolve()))}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Waiting for another process that is making {path} ...", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

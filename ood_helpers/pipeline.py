@@ -23,10 +23,10 @@ from ood_helpers import metrics, plots, results
 from ood_helpers.backbones import Classifier, build, load_checkpoint, weights_fingerprint
 from ood_helpers.config import PROJECT_ROOT, ExperimentConfig, load_config, resolve_path
 from ood_helpers.data import ImageSet, Transform, open_image_set
-from ood_helpers.detectors import Detector, create_all
+from ood_helpers.detectors import DETECTORS, Detector, create, create_all
 from ood_helpers.errors import InputError, MissingDataError, nearest
 from ood_helpers.features import Head, StoredBank, accuracy, bank_key, class_means, extract, resolve_device
-from ood_helpers.files import atomic_path, sha256_of_file, sha256_of_json
+from ood_helpers.files import atomic_path, locked, sha256_of_file, sha256_of_json
 from ood_helpers.training import TRAINING_VERSION, train_classifier
 
 ID_SETS = ("train", "validation", "test")
@@ -56,6 +56,7 @@ class Experiment:
         self.run_dir, self.figures_root = Path(run_dir), Path(figures_dir)
         self.skip_missing, self.skip_unreadable = skip_missing, skip_unreadable
         self.detectors: dict[str, Detector] = create_all(config.detectors)
+        self._defaults: dict[str, Detector] = {}
         self.transform = Transform(**dict(config.transform))
         self.missing: dict[str, str] = {}
         self._checked = False
@@ -201,6 +202,11 @@ class Experiment:
         """
         if self._checked:
             return
+        checkpoint = self.config.backbone.checkpoint
+        if checkpoint and not resolve_path(checkpoint).exists():
+            raise MissingDataError(
+                f"No checkpoint {checkpoint}, expected the weights of the network; put the file there."
+            )
         problems = []
         for name in self.id_names:
             try:
@@ -212,11 +218,6 @@ class Experiment:
                 self.image_set(ood.name)
             except MissingDataError as error:
                 self.missing[ood.name] = str(error)
-        checkpoint = self.config.backbone.checkpoint
-        if checkpoint and not resolve_path(checkpoint).exists():
-            problems.append(
-                f"No checkpoint {checkpoint}, expected the weights of the network; put the file there."
-            )
         if self.missing and not self.skip_missing:
             problems += self.missing.values()
             problems.append("To go on without the missing OOD sets, add --skip-missing (skip_missing=True).")
@@ -260,16 +261,17 @@ class Experiment:
         torch.manual_seed(self.seed)
         network = build(self.config.backbone, self.config.id.num_classes)
         if self.config.backbone.training is not None:
-            train_classifier(
-                network,
-                self.image_set("train"),
-                self.image_set("validation") if self.config.id.validation else None,
-                self.transform,
-                self.config.backbone.training,
-                seed=self.seed,
-                device=self.device,
-                directory=self.model_directory,
-            )
+            with locked(self.model_directory):
+                train_classifier(
+                    network,
+                    self.image_set("train"),
+                    self.image_set("validation") if self.config.id.validation else None,
+                    self.transform,
+                    self.config.backbone.training,
+                    seed=self.seed,
+                    device=self.device,
+                    directory=self.model_directory,
+                )
         elif self.config.backbone.checkpoint is not None:
             load_checkpoint(network, resolve_path(self.config.backbone.checkpoint))
         return network.eval().to(self.device)
@@ -280,7 +282,8 @@ class Experiment:
         sets = [self.image_set(name).fingerprint for name in self.id_names if name != "test"]
         backbone = self.config.backbone.model_dump(exclude={"expected_accuracy", "tolerance"})
         settings = [backbone, self.config.id.num_classes, sets, self.transform.fingerprint, self.seed]
-        return self.run_dir / "models" / sha256_of_json([*settings, TRAINING_VERSION])[:SHORT]
+        key = sha256_of_json([*settings, self.device.type, TRAINING_VERSION])
+        return self.run_dir / "models" / key[:SHORT]
 
     @property
     def training_history(self) -> pd.DataFrame | None:
@@ -304,17 +307,20 @@ class Experiment:
         InputError : see features.extract
         """
         if name not in self._banks:
-            key = bank_key(self.network, self.image_set(name), self.transform, self.config.features.taps)
-            directory = self.run_dir / "banks" / key[:SHORT]
             self._banks[name] = extract(
                 self.network,
                 self.image_set(name),
                 self.transform,
-                directory,
+                self._bank_directory(name),
                 self.config.features,
                 self.device,
             )
         return self._banks[name]
+
+    def _bank_directory(self, name: str) -> Path:
+        taps = self.config.features.taps
+        key = bank_key(self.network, self.image_set(name), self.transform, taps, self.device)
+        return self.run_dir / "banks" / key[:SHORT]
 
     @cached_property
     def id_accuracy(self) -> float:
@@ -338,10 +344,14 @@ class Experiment:
         """One row a bank: images, features, seconds and images a second of its forward pass."""
         rows = []
         for name in ["train", "test", *self.ood_groups]:
-            record = self.bank(name).record
-            row = {key: record[key] for key in ("set", "images", "seconds", "images_per_second", "device")}
+            bank = self.bank(name)
             rows.append(
-                row | {"features": self.head.feature_dim, "bank": self.bank(name).directory.name[:12]}
+                {
+                    "set": self.image_set(name).name,
+                    **{key: bank.record[key] for key in ("images", "seconds", "images_per_second", "device")},
+                    "features": self.head.feature_dim,
+                    "bank": bank.directory.name[:12],
+                }
             )
         return pd.DataFrame(rows)
 
@@ -352,16 +362,30 @@ class Experiment:
     # ---- scores and results -----------------------------------------------------------------------------
 
     def detector(self, row: str) -> Detector:
-        """The detector of a row of the config, fitted on the ID training bank."""
-        if row not in self.detectors:
-            raise InputError(f"No detector {row!r} in {self.config.name}; {nearest(row, self.detectors)}")
-        detector = self.detectors[row]
+        """The detector of a row of the config, fitted on the ID training bank.
+
+        A method that the config leaves out comes with its defaults, so that its notebook runs all the same.
+
+        Raises
+        ------
+        InputError : neither a row of the config nor a method
+        """
+        detector = self._unfitted(row)
         if not hasattr(detector, "head_"):
             detector.fit(self.bank("train"), self.head)
         return detector
 
+    def _unfitted(self, row: str) -> Detector:
+        if row in self.detectors:
+            return self.detectors[row]
+        if row not in DETECTORS:
+            raise InputError(
+                f"No detector {row!r} in {self.config.name}; {nearest(row, [*self.detectors, *DETECTORS])}"
+            )
+        return self._defaults.setdefault(row, create(row))
+
     def _score_fingerprint(self, row: str) -> str:
-        detector = self.detectors[row]
+        detector = self._unfitted(row)
         sets = ["train", "test", *self.ood_groups]
         return sha256_of_json(
             {
@@ -369,7 +393,6 @@ class Experiment:
                 "banks": {name: self.bank(name).directory.name for name in sets},
                 "groups": self.ood_groups,
                 "metrics": self.config.metrics.model_dump(),
-                "published": self.config.published.model_dump() if self.config.published else None,
                 "code": _code_hash(type(detector)),
             }
         )
@@ -377,6 +400,7 @@ class Experiment:
     def _score(self, row: str) -> tuple[dict[str, np.ndarray], list[dict]]:
         """Scores of every set and the rows of the results table, from disk when their fingerprint is there."""
         path = self.seed_directory / "scores" / f"{row}.safetensors"
+        id_accuracy = self.id_accuracy  # the guard stops here, before anything is scored or read
         fingerprint = self._score_fingerprint(row)
         if path.exists():
             try:
@@ -387,7 +411,6 @@ class Experiment:
                         return {name: stored.get_tensor(name) for name in names}, json.loads(metadata["rows"])
             except SafetensorError:
                 print(f"{path} is damaged and computed anew.", file=sys.stderr)
-        id_accuracy = self.id_accuracy  # the guard stops here, before anything is scored
         detector = self.detector(row)
         scores = {"test": detector.score_samples(self.bank("test")).cpu()}
         rows = []
@@ -400,7 +423,6 @@ class Experiment:
             resampled = metrics.bootstrap(
                 *pair,
                 resamples=self.config.metrics.bootstrap_resamples,
-                confidence=self.config.metrics.confidence,
                 seed=self.seed,
             )
             intervals = {
@@ -422,7 +444,6 @@ class Experiment:
                     "id_accuracy": id_accuracy,
                     "score_seconds": seconds,
                     "hyperparameters": json.dumps(detector.hyperparameters()),
-                    **results.published_values(self.config.published, detector.label, ood_set),
                     "data_sha256": self._data_hash(ood_set),
                 }
             )
@@ -445,7 +466,10 @@ class Experiment:
     def results(self, rows: Sequence[str] | None = None) -> pd.DataFrame:
         """The long-form results of some rows of the config (default: all), one line a method and OOD set."""
         lines = [line for row in rows or self.detectors for line in self._score(row)[1]]
-        return pd.DataFrame(lines)[results.COLUMNS]
+        published = [
+            results.published_values(self.config.published, line["method"], line["ood_set"]) for line in lines
+        ]
+        return pd.DataFrame([line | values for line, values in zip(lines, published)])[results.COLUMNS]
 
     def collect_results(self, seeds: Iterable[int] | None = None) -> pd.DataFrame:
         """The results of all methods and seeds, written to results.csv and returned."""
@@ -469,7 +493,10 @@ class Experiment:
         results.export_tables(table, self.figures_directory, stem, self.missing)
 
     def record(self) -> dict:
-        """What the results rest on, for manifest.json: image sets, weights, accuracy, banks and their forward passes."""
+        """What the results rest on, for manifest.json: image sets, weights, accuracy, banks and their forward passes.
+
+        Only what is there is recorded; nothing is trained or passed for it.
+        """
         sets = [*self.id_names, *self.ood_groups]
         described = {
             name: {
@@ -480,30 +507,24 @@ class Experiment:
             }
             for name in sets
         }
-        banks = {
-            name: {"key": self.bank(name).directory.name, **self.bank(name).record}
-            for name in sets
-            if name != "validation"
-        }
-        return {
-            "image_sets": described,
-            "missing": self.missing,
-            "weights_sha256": weights_fingerprint(self.network),
-            "id_accuracy": self.id_accuracy,
-            "banks": banks,
-        }
+        record = {"image_sets": described, "missing": self.missing}
+        trained = self.model_directory / "weights.safetensors"
+        if self.config.backbone.training is not None and not trained.exists():
+            return record
+        opened = {name: StoredBank.open(self._bank_directory(name)) for name in sets if name != "validation"}
+        banks = {name: {"key": bank.directory.name, **bank.record} for name, bank in opened.items() if bank}
+        record |= {"weights_sha256": weights_fingerprint(self.network), "banks": banks}
+        return record | ({"id_accuracy": accuracy(opened["test"])} if opened["test"] else {})
 
 
 def _code_hash(detector_class: type[Detector]) -> str:
     """SHA-256 over the code a score depends on, so that changed code is run again: detectors, features,
-    metrics, results, and the detector's own source where it stands outside this package."""
+    metrics, results, this file, and the module of a detector that stands outside this package."""
     package = Path(__file__).parent
-    files = [
-        *sorted((package / "detectors").glob("*.py")),
-        *(package / f"{name}.py" for name in ("features", "metrics", "results")),
-    ]
+    names = ("features", "metrics", "results", "pipeline")
+    files = [*sorted((package / "detectors").glob("*.py")), *(package / f"{name}.py" for name in names)]
     try:
-        own = inspect.getsource(detector_class)
-    except (OSError, TypeError):  # typed into a console: nothing to compare, so never taken for unchanged
+        own = inspect.getsource(sys.modules[detector_class.__module__])
+    except (OSError, TypeError):  # defined in a notebook: its cells are no file, so never taken for unchanged
         own = str(time.time_ns())
     return sha256_of_json([sha256_of_file(file) for file in files] + [own])

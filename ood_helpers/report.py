@@ -51,9 +51,10 @@ def write_manifest(
         "git_commit": _git_commit(),
         "inputs": {f"seed{seed}": experiment.with_seed(seed).record() for seed in seeds},
         "outputs": {
-            path.relative_to(figures).as_posix(): sha256_of_file(path)
-            for path in sorted(figures.rglob("*"))
-            if path.is_file() and path.name != "manifest.json"
+            name.removeprefix(f"{experiment.config.name}/"): sha256_of_file(experiment.figures_root / name)
+            for outcome in outcomes.values()
+            for name in outcome.outputs
+            if (experiment.figures_root / name).exists() and not name.endswith("results.csv")
         },
         "notebooks": {name: outcome.status for name, outcome in outcomes.items()},
     }

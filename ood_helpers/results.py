@@ -99,7 +99,7 @@ def _cells(
     table = wide_table(results, metric)
     cells = table.map("{:.1f}".format)
     for (method, ood_set), rows in results.groupby(["method", "ood_set"], sort=False):
-        if len(rows) > 1:
+        if rows[metric].nunique() > 1:
             cells.loc[method, ood_set] += f" ± {rows[metric].std():.1f}"
         else:
             cells.loc[method, ood_set] += (
@@ -161,7 +161,8 @@ def describe_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = 
     """What a table shows, in two or three sentences: metric and direction, ID set size, intervals, missing sets."""
     name, direction = METRICS[metric]
     seeds = sorted(results.seed.unique())
-    interval = "mean ± standard deviation over seeds" if len(seeds) > 1 else "95 % bootstrap interval"
+    varies = results.groupby(["method", "ood_set"])[metric].nunique().max() > 1
+    interval = "mean ± standard deviation over seeds" if varies else "95 % bootstrap interval"
     sizes = results.drop_duplicates("ood_set")
     sizes = ", ".join(f"{row.ood_set} {row.n_ood:,}" for row in sizes.itertuples())
     text = (

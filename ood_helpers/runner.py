@@ -1,6 +1,7 @@
 """Running the notebooks headlessly: which, in which order, with which parameters, and what is up to date.
 
-A notebook says in its metadata what it needs: {"ood": {"needs": ["03_precompute"], "per_seed": true}}.
+A notebook says in its metadata what it needs: {"ood": {"needs": ["03_precompute"], "per_seed": true}}; `after`
+names notebooks it only waits for.
 Papermill executes it into runs/<experiment>/notebooks/; a record beside it holds the fingerprint of all it
 depends on (its cells, its parameters, the config, the package, the image sets), so a second run executes
 only what changed.
@@ -20,7 +21,7 @@ from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from ood_helpers.config import PROJECT_ROOT
+from ood_helpers.config import PROJECT_ROOT, resolve_path
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.files import sha256_of_file, sha256_of_json, write_json, write_text
 from ood_helpers.pipeline import Experiment
@@ -36,6 +37,7 @@ class Task:
     notebook: Path
     seed: int
     needs: tuple[str, ...]
+    after: tuple[str, ...]
     per_seed: bool
 
 
@@ -76,13 +78,16 @@ def plan(seeds: Iterable[int], only: Iterable[str] | None = None) -> list[Task]:
         about = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).metadata.get("ood", {})
         per_seed = about.get("per_seed", False)
         for seed in seeds if per_seed else seeds[:1]:
-            needs = [
-                task.name
-                for task in tasks
-                if task.notebook.stem in about.get("needs", ()) and _meets(task, per_seed, seed)
-            ]
+            earlier = {
+                kind: tuple(
+                    task.name
+                    for task in tasks
+                    if task.notebook.stem in about.get(kind, ()) and _meets(task, per_seed, seed)
+                )
+                for kind in ("needs", "after")
+            }
             suffix = f".seed{seed}" if per_seed and len(seeds) > 1 else ""
-            tasks.append(Task(name + suffix, NOTEBOOKS / f"{name}.ipynb", seed, tuple(needs), per_seed))
+            tasks.append(Task(name + suffix, NOTEBOOKS / f"{name}.ipynb", seed, **earlier, per_seed=per_seed))
     return tasks
 
 
@@ -132,12 +137,15 @@ class Runner:
     def __init__(self, experiment: Experiment, parameters: dict, seeds: list[int], tasks: list[Task]) -> None:
         self.experiment, self.parameters, self.seeds, self.tasks = experiment, parameters, seeds, tasks
         self.directory = experiment.directory / "notebooks"
-        code = {
-            str(path): sha256_of_file(path) for path in sorted((PROJECT_ROOT / "ood_helpers").rglob("*.py"))
-        }
+        package = sorted(
+            path for path in (PROJECT_ROOT / "ood_helpers").rglob("*") if path.suffix in (".py", ".csv")
+        )
         images = {name: item.fingerprint for name, item in sorted(experiment._image_sets.items())}
         settings = {key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")}
-        self._common = [sorted(code.values()), images, settings, experiment.config.model_dump(mode="json")]
+        checkpoint = experiment.config.backbone.checkpoint
+        weights = sha256_of_file(resolve_path(checkpoint)) if checkpoint else None
+        code = [sha256_of_file(path) for path in package]
+        self._common = [code, images, weights, settings, experiment.config.model_dump(mode="json")]
 
     def fingerprint(self, task: Task) -> str:
         """SHA-256 over everything the executed notebook depends on."""
@@ -158,27 +166,31 @@ class Runner:
         """Where the executed notebook goes."""
         return self.directory / f"{task.name}.ipynb"
 
-    def _figures(self, task: Task) -> list[str]:
+    def _outputs(self, task: Task, since: float) -> dict[str, str]:
+        """SHA-256 of each figure, table and results.csv that the task has written since a point in time."""
         folder = self.experiment.with_seed(task.seed).figures_directory
-        return sorted(
-            path.relative_to(self.experiment.figures_root).as_posix()
-            for path in folder.glob(f"{task.notebook.stem}*")
-        )
+        paths = sorted(folder.glob(f"{task.notebook.stem}*"))
+        if task.notebook.stem == "30_results":
+            paths.append(self.experiment.directory / "results.csv")
+        written = [path for path in paths if path.exists() and path.stat().st_mtime >= since]
+        return {os.path.relpath(path, self.experiment.figures_root): sha256_of_file(path) for path in written}
 
     def earlier(self, task: Task) -> Outcome:
         """What an earlier run left of a task: `up to date`, `out of date` or `not run`.
 
-        It is up to date while the executed notebook and its figures are there under the present fingerprint.
+        It is up to date while the executed notebook is there under the present fingerprint and what it wrote
+        is as it left it: a figure drawn since with other settings, by hand, makes it out of date.
         """
         record = self.executed(task).with_suffix(".json")
         if not (record.exists() and self.executed(task).exists()):
             return Outcome("not run")
         kept = json.loads(record.read_text())
-        complete = all((self.experiment.figures_root / name).exists() for name in kept["outputs"])
-        if task.notebook.stem == "30_results":
-            complete = complete and (self.experiment.directory / "results.csv").exists()
-        current = complete and kept["fingerprint"] == self.fingerprint(task)
-        return Outcome("up to date" if current else "out of date", kept["seconds"], outputs=kept["outputs"])
+        paths = {self.experiment.figures_root / name: found for name, found in kept["outputs"].items()}
+        unchanged = all(path.exists() and sha256_of_file(path) == found for path, found in paths.items())
+        current = unchanged and kept["fingerprint"] == self.fingerprint(task)
+        return Outcome(
+            "up to date" if current else "out of date", kept["seconds"], outputs=list(kept["outputs"])
+        )
 
     def run(
         self, jobs: int, force: bool, report: Report, finish: Callable[[Task, Outcome], None]
@@ -190,15 +202,16 @@ class Runner:
         try:
             while waiting or running:
                 for task in list(waiting):
-                    states = [outcomes[need].status if need in outcomes else "waiting" for need in task.needs]
-                    if any(state in ("failed", "skipped") for state in states):
-                        broken = [
-                            n
-                            for n in task.needs
-                            if n in outcomes and outcomes[n].status in ("failed", "skipped")
-                        ]
+                    broken = [
+                        need
+                        for need in task.needs
+                        if need in outcomes and outcomes[need].status in ("failed", "skipped")
+                    ]
+                    if broken:
                         outcomes[task.name] = Outcome("skipped", error=f"it needs {', '.join(broken)}")
-                    elif "waiting" in states or len(running) >= jobs:
+                    elif (
+                        any(name not in outcomes for name in task.needs + task.after) or len(running) >= jobs
+                    ):
                         continue
                     elif not force and (earlier := self.earlier(task)).status == "up to date":
                         outcomes[task.name] = earlier
@@ -220,7 +233,7 @@ class Runner:
 
     def _execute(self, task: Task, report: Report) -> Outcome:
         output = self.executed(task)
-        begin, share = time.perf_counter(), 0.0
+        begin, started, share = time.perf_counter(), time.time(), 0.0
         output.parent.mkdir(parents=True, exist_ok=True)
         running = output.with_suffix(".running.ipynb")
 
@@ -256,7 +269,8 @@ class Runner:
         output.with_suffix(".failed.ipynb").unlink(missing_ok=True)
         page = HTMLExporter().from_filename(str(output))[0]
         write_text(output.with_suffix(".html"), page)
-        outcome = Outcome("done", round(time.perf_counter() - begin, 1), outputs=self._figures(task))
-        record = {"fingerprint": fingerprint, "seconds": outcome.seconds, "outputs": outcome.outputs}
+        outputs = self._outputs(task, since=started - 1)  # file systems round times
+        outcome = Outcome("done", round(time.perf_counter() - begin, 1), outputs=list(outputs))
+        record = {"fingerprint": fingerprint, "seconds": outcome.seconds, "outputs": outputs}
         write_json(output.with_suffix(".json"), record)
         return outcome

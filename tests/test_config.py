@@ -61,6 +61,7 @@ def test_an_override_sets_any_field(override, place, value):
         ("ood.letters.group=middle", "'middle'"),
         ("backbone.widen_factor=2", "'widen_factor'"),
         ("seed", "KEY=VALUE"),
+        ("line.delta=[", "not valid YAML"),
         ("backbone.checkpoint=x.pth", "checkpoint and training"),
         ("id.test.subset={first: 3, random: 3}", "exactly one"),
         ("backbone.depth=23", "6 n + 4"),

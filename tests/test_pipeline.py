@@ -90,6 +90,22 @@ def test_a_changed_hyper_parameter_is_scored_anew_without_a_new_pass(finished, m
         assert (thresholds[0] == thresholds[1]) is same
 
 
+def test_a_method_that_the_config_leaves_out_comes_with_its_defaults(finished):
+    run = small(finished[0])
+    del run.detectors["line"]
+    assert run.detector("line").hyperparameters()["delta"] == 1.0
+    assert run.results(["line"]).method.unique().tolist() == ["LINe"]
+    assert "LINe" not in run.results().method.tolist()
+
+
+def test_the_record_trains_and_passes_nothing(finished, tmp_path):
+    assert "banks" not in small(tmp_path).record()
+    assert not (tmp_path / "runs" / "models").exists()
+    record = small(finished[0]).record()
+    assert set(record["banks"]) == {"train", "test", *small(finished[0]).ood_groups}
+    assert record["id_accuracy"] == small(finished[0]).id_accuracy
+
+
 def test_scores_match_the_results(finished):
     folder, table = finished
     run = small(folder)
@@ -232,6 +248,12 @@ def test_permuted_labels_are_caught_by_the_accuracy_guard_before_anything_is_sco
     )
     assert not run.seed_directory.exists()
     assert run.bank("test").load().logits.shape == (600, 10)  # the pass is not lost
+
+
+def test_the_guard_holds_for_scores_that_are_already_there(finished):
+    folder, _ = finished
+    with pytest.raises(InputError, match="expected 3"):
+        small(folder, "backbone.expected_accuracy=3").results(["msp"])
 
 
 def test_class_names_in_another_order_are_named(spoilt):

@@ -13,11 +13,14 @@ from ood_helpers.runner import NOTEBOOKS, Runner, notebook_names, plan
 PARAMETERS = 'experiment = ""\nrun_dir = ""\nfigures_dir = ""\nseed = 0\nseeds = [0]\noverrides = []'
 
 
-def write(folder, name, *sources, needs=(), per_seed=False):
+def write(folder, name, *sources, needs=(), after=(), per_seed=False):
     cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
     cells += [nbformat.v4.new_code_cell(source) for source in sources]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    metadata = {"kernelspec": kernel, "ood": {"needs": list(needs), "per_seed": per_seed}}
+    metadata = {
+        "kernelspec": kernel,
+        "ood": {"needs": list(needs), "after": list(after), "per_seed": per_seed},
+    }
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / f"{name}.ipynb")
 
 
@@ -52,12 +55,14 @@ def test_a_failure_names_cell_and_error_and_stops_only_what_needs_it(notebooks, 
     write(notebooks, "02_bad", "x = 1", "raise ValueError('the reason')", needs=["01_good"])
     write(notebooks, "03_child", "1", needs=["02_bad"])
     write(notebooks, "04_other", "import sys; print('half way', file=sys.stderr)", needs=["01_good"])
+    write(notebooks, "05_last", "1", needs=["01_good"], after=["02_bad", "03_child"])
     runner, outcomes, lines, finished = run(tmp_path)
     assert {name: outcome.status for name, outcome in outcomes.items()} == {
         "01_good": "done",
         "02_bad": "failed",
         "03_child": "skipped",
         "04_other": "done",
+        "05_last": "done",
     }
     assert "cell 3: ValueError: the reason" in outcomes["02_bad"].error
     assert outcomes["03_child"].error == "it needs 02_bad"
@@ -99,6 +104,20 @@ def test_a_missing_figure_is_drawn_again(notebooks, tmp_path):
     assert run(tmp_path)[1]["01_draws"].status == "up to date"
     (folder / "01_draws_a.png").unlink()
     assert run(tmp_path)[1]["01_draws"].status == "done"
+    (folder / "01_draws_a.png").write_bytes(b"drawn by hand with other settings")
+    assert run(tmp_path)[1]["01_draws"].status == "done"
+
+
+def test_a_replaced_checkpoint_makes_everything_out_of_date(tmp_path):
+    weights = tmp_path / "weights.pth"
+    overrides = ["backbone.training=null", f"backbone.checkpoint={weights}"]
+    experiment = Experiment.open("digits", run_dir=str(tmp_path), overrides=overrides, device="cpu")
+    fingerprints = set()
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        task = plan([0], ["12_line"])[0]
+        fingerprints.add(Runner(experiment, {"overrides": overrides}, [0], [task]).fingerprint(task))
+    assert len(fingerprints) == 2
 
 
 def test_parameters_reach_the_notebook_once_a_seed(notebooks, tmp_path):
@@ -119,12 +138,14 @@ def test_the_plan_follows_the_notebooks_needs():
     tasks = {task.name: task for task in plan([0])}
     assert list(tasks) == notebook_names() == sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
     assert tasks["12_line"].needs == ("03_precompute",)
-    assert set(tasks["30_results"].needs) == {"10_baselines", "11_himplos", "12_line"}
+    assert tasks["30_results"].needs == ("03_precompute",)
+    assert set(tasks["30_results"].after) == {"10_baselines", "11_himplos", "12_line"}
     order = list(tasks)
-    assert all(order.index(need) < order.index(name) for name, task in tasks.items() for need in task.needs)
+    for name, task in tasks.items():
+        assert all(order.index(need) < order.index(name) for need in task.needs + task.after)
     seeded = {task.name: task for task in plan([0, 1])}
     assert seeded["12_line.seed1"].needs == ("03_precompute.seed1",)
-    assert len(seeded["30_results"].needs) == 6
+    assert len(seeded["30_results"].needs) == 2 and len(seeded["30_results"].after) == 6
 
 
 def test_only_takes_known_notebooks():
@@ -136,4 +157,4 @@ def test_only_takes_known_notebooks():
 def test_every_need_is_a_notebook():
     for path in NOTEBOOKS.glob("*.ipynb"):
         about = json.loads(path.read_text())["metadata"]["ood"]
-        assert set(about["needs"]) <= set(notebook_names())
+        assert {*about["needs"], *about.get("after", ())} <= set(notebook_names())

@@ -19,6 +19,7 @@ import requests
 import urllib3
 
 from ood_helpers.errors import InputError, MissingDataError
+from ood_helpers.files import locked
 from ood_helpers.progress import track
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
@@ -73,8 +74,15 @@ def fetch(
                 f"{path} is not the file that {url} should give: {problem}; remove it to have it downloaded."
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    with locked(part):
+        if not path.exists():  # another process may have been quicker
+            _fetch(url, path, part, size=size, sha256=sha256, md5=md5)
+
+
+def _fetch(
+    url: str, path: Path, part: Path, *, size: int | None, sha256: str | None, md5: str | None
+) -> None:
     try:
         _download(url, part, size)
     except (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:

@@ -18,6 +18,7 @@ from ood_helpers.errors import InputError, MissingDataError
 from ood_helpers.files import write_json
 from ood_helpers.progress import track
 
+FINGERPRINT_VERSION = 1  # raise it when the same content gives another fingerprint
 FILES_AT_ONCE = 512  # files handed to the threads at a time; also: from here on a progress bar is worth it
 
 
@@ -150,7 +151,7 @@ class ImageSet:
         It is remembered in `cache_dir` under the paths, sizes and times of the files, so that an unchanged
         set is not read again.
         """
-        return self._remembered("fingerprint", self._hash_content)
+        return self._remembered(f"fingerprint-{FINGERPRINT_VERSION}", self._hash_content)
 
     def _hash_content(self) -> str:
         digest = hashlib.sha256()
@@ -180,7 +181,7 @@ class ImageSet:
         for i, file in enumerate(self.files or ()):
             try:
                 status = os.stat(self.path(i))
-                state = f"{status.st_size} {status.st_mtime_ns}"
+                state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
             except OSError:
                 state = "missing"
             key.update(os.fsencode(file) + b"\0" + state.encode() + b"\n")

@@ -234,7 +234,9 @@ def _open_npz(images: config.NpzImages, cache_dir: Path) -> ImageSet:
             f"There is no file {path}; put it there, a numpy .npz with images uint8 [N, H, W, 3], or correct the path."
         )
     status = path.stat()
-    key = sha256_of_json(["npz array", str(path), status.st_size, status.st_mtime_ns])
+    key = sha256_of_json(
+        ["npz array", str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    )
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path} is no .npz file (a zip archive), or is cut short; get or save it again.")
     try:
