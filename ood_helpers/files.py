@@ -1,6 +1,5 @@
 """Atomic writes and content hashes."""
 
-import getpass
 import hashlib
 import json
 import os
@@ -38,7 +37,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process of this machine at a time does the work that ends in `path`; the others wait and find it done."""
-    folder = Path(tempfile.gettempdir()) / f"ood_helpers-{getpass.getuser()}"
+    folder = Path(tempfile.gettempdir()) / f"ood_helpers-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     lock = FileLock(folder / f"{sha256_of_json(str(Path(path).resolve()))}.lock")
     try:

@@ -83,6 +83,7 @@ def fetch(
 def _fetch(
     url: str, path: Path, part: Path, *, size: int | None, sha256: str | None, md5: str | None
 ) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _download(url, part, size)
     except (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
