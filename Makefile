@@ -29,7 +29,8 @@ environment: $(STAMP)
 
 $(STAMP): requirements.txt
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(not (3, 11, 4) <= sys.version_info < (3, 14))' 2>/dev/null || \
-	  { echo "Found $$($(or $(PYTHON),python3) --version 2>/dev/null || echo no Python), expected Python 3.11.4 to 3.13: install one and run make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	  { echo "Found $$({ $(or $(PYTHON),python3) --version; } 2>/dev/null || echo no Python), expected Python 3.11.4 to 3.13: install one and run make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing the environment in $(VENV): a few minutes and, with CUDA on Linux, about 6 GB."
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-from ood_helpers.config import config_names, load_config, resolve_path
+from ood_helpers.config import PROJECT_ROOT, config_names, load_config, resolve_path
 from ood_helpers.errors import InputError
 from ood_helpers.pipeline import Experiment
 from ood_helpers.report import write_manifest, write_report
@@ -53,7 +54,11 @@ def parse_arguments() -> argparse.Namespace:
         "--skip-unreadable", action="store_true", help="leave unreadable images out and record them"
     )
     parser.add_argument("--run-dir", default="", help="banks, scores, notebooks and report (default: runs)")
-    parser.add_argument("--figures-dir", default="", help="figures and tables (default: figures)")
+    parser.add_argument(
+        "--figures-dir",
+        default="",
+        help="figures and tables (default: figures, with --set runs/changed_settings)",
+    )
     parser.add_argument(
         "--list", action="store_true", help="list notebooks, experiments and detectors, and stop"
     )
@@ -106,15 +111,16 @@ class Display:
         if task.name in self.bars:
             self.progress.remove_task(self.bars.pop(task.name))
         colour = {"failed": "red", "skipped": "yellow"}.get(outcome.status, "green")
-        detail = f": {outcome.error}" if outcome.error else ""
         seconds = f" ({outcome.seconds:.0f} s)" if outcome.status in ("done", "failed") else ""
-        console.print(f"[{colour}]{task.name:24}{outcome.status}{seconds}[/{colour}]", end="")
-        console.print(detail, markup=False)
+        detail = f": {outcome.error}" if outcome.error else ""
+        console.print(Text.assemble((f"{task.name:24}{outcome.status}{seconds}", colour), detail))
 
 
 def main() -> int:
     arguments = parse_arguments()
     seeds = arguments.seeds
+    if arguments.set and not arguments.figures_dir:  # figures/ shows the configs as they are
+        arguments.figures_dir = Path(arguments.run_dir or PROJECT_ROOT / "runs") / "changed_settings"
     parameters = {
         "experiment": str(resolve_path(arguments.config))
         if arguments.config.endswith((".yaml", ".yml"))

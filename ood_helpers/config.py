@@ -297,7 +297,7 @@ class ExperimentConfig(Model):
     """One experiment: one file in configs/."""
 
     name: str = Field(pattern="^[A-Za-z0-9_-]+$")
-    description: str
+    description: str = ""
     id: InDistribution
     ood: tuple[OutOfDistribution, ...] = Field(min_length=1)
     transform: TransformConfig

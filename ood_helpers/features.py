@@ -36,7 +36,7 @@ def resolve_device(device: str = "auto") -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(" at start of device string")[0][:120]
         raise InputError(f"Device {device!r} cannot be used ({reason}); give auto, cpu or cuda.") from None
     return chosen
 

@@ -205,7 +205,7 @@ class Experiment:
         checkpoint = self.config.backbone.checkpoint
         if checkpoint and not resolve_path(checkpoint).exists():
             raise MissingDataError(
-                f"No checkpoint {checkpoint}, expected the weights of the network; put the file there."
+                f"No checkpoint {checkpoint}, expected the weights of the network; put the file there, or correct backbone.checkpoint or the data root (--data-root)."
             )
         problems = []
         for name in self.id_names:
@@ -222,7 +222,10 @@ class Experiment:
             problems += self.missing.values()
             problems.append("To go on without the missing OOD sets, add --skip-missing (skip_missing=True).")
         if problems:
-            raise MissingDataError("\n".join(problems))
+            problems.append(
+                "If the files lie below another folder, name it with --data-root (data_root in a notebook)."
+            )
+            raise MissingDataError("\n".join(dict.fromkeys(problems)))
         if len(self.missing) == len(self.config.ood):
             raise MissingDataError(
                 "All OOD sets are missing, expected at least one:\n" + "\n".join(self.missing.values())
@@ -475,8 +478,9 @@ class Experiment:
         """The results of all methods and seeds, written to results.csv and returned."""
         seeds = [self.seed] if seeds is None else list(seeds)
         table = pd.concat([self.with_seed(seed).results() for seed in seeds], ignore_index=True)
-        results.write_results(table, self.directory / "results.csv")
-        return table
+        path = self.directory / "results.csv"
+        results.write_results(table, path)
+        return results.read_results(path)  # what is in the file, so that tables, figures and report agree
 
     # ---- figures and tables -----------------------------------------------------------------------------
 

@@ -407,12 +407,12 @@ def score_grid(
 
 
 @_figure
-def himplos_mask(
+def head_mask(
     head_weight: Any, mask: Any, class_names: Sequence[str] | None = None, *, caption: str, title: str = ""
 ) -> Figure:
-    """The head's weights with the features HIM masks greyed out, and how many classes keep each feature.
+    """The head's weights with the masked ones greyed out (HIM, DICE), and how many classes keep each feature.
 
-    head_weight [C, D]; mask bool [C, D], True = kept for images predicted as that class. The features are
+    head_weight [C, D]; mask bool [C, D], True = kept, for HIM when that class is predicted. The features are
     ordered by the class that weights them most, then by that weight.
     """
     weight, mask = _array(head_weight).astype(float), _array(mask).astype(bool)
@@ -427,7 +427,7 @@ def himplos_mask(
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[_class_height(len(weight)), 0.9])
     _class_image(figure, top, shown, class_names, "head weight", _limit(weight))
     kept = 100 * mask.mean()
-    top.set_title(f"kept: {kept:.0f} % of the features of a class; grey: masked")
+    top.set_title(f"kept: {kept:.0f} % of the head weights; grey: masked")
     classes = mask.sum(axis=0)[order]
     bottom.fill_between(np.arange(len(classes)), classes, step="mid", color=ID_COLOUR, linewidth=0)
     bottom.set(ylabel="classes\nkeeping it", xlabel="feature, ordered by the class that weights it most")

@@ -32,7 +32,9 @@ PACKAGES = (
 def write_manifest(
     experiment: Experiment, parameters: dict, seeds: list[int], outcomes: dict[str, Outcome]
 ) -> dict:
-    """Write manifest.json beside results.csv and beside the figures; the data root appears as ${data_root}.
+    """Write manifest.json beside results.csv and, without times and commit, beside the figures.
+
+    The data root appears as ${data_root}.
 
     It holds parameters, config, versions, git commit, hashes of image sets, weights and banks of each seed,
     the SHA-256 of every figure and table, and what became of each notebook.
@@ -67,8 +69,19 @@ def write_manifest(
         text = text.replace(json.dumps(root)[1:-1], name)
     manifest = json.loads(text)
     write_json(experiment.directory / "manifest.json", manifest)
-    write_json(figures / "manifest.json", manifest)
+    write_json(figures / "manifest.json", _lasting(manifest))
     return manifest
+
+
+def _lasting(manifest: dict) -> dict:
+    """A manifest without what differs between runs of the same thing: the same inputs give the same file."""
+    inputs = {
+        seed: record | {"banks": {name: bank["key"] for name, bank in record.get("banks", {}).items()}}
+        for seed, record in manifest["inputs"].items()
+    }
+    return {key: value for key, value in manifest.items() if key not in ("git_commit", "notebooks")} | {
+        "inputs": inputs
+    }
 
 
 def _git_commit() -> str:

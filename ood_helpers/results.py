@@ -98,6 +98,8 @@ def _cells(
     """
     table = wide_table(results, metric)
     cells = table.map("{:.1f}".format)
+    printed = cells.astype(float)
+    best = printed.eq(printed.min() if metric == "fpr95" else printed.max())
     for (method, ood_set), rows in results.groupby(["method", "ood_set"], sort=False):
         if rows[metric].nunique() > 1:
             cells.loc[method, ood_set] += f" ± {rows[metric].std():.1f}"
@@ -105,8 +107,6 @@ def _cells(
             cells.loc[method, ood_set] += (
                 f" ({rows[f'{metric}_lo'].iloc[0]:.1f}–{rows[f'{metric}_hi'].iloc[0]:.1f})"
             )
-    rounded = table.round(1)
-    best = rounded.eq(rounded.min() if metric == "fpr95" else rounded.max())
     cells = cells.map(escape)
     cells = cells.where(~best, cells.map(bold)).rename(index=escape, columns=escape)
     for name in missing:

@@ -255,7 +255,7 @@ class Runner:
                 report_cell=report_cell,
                 stderr_file=_LastLine(lambda line: report(task, line, share)),
                 coalesce_streams=True,
-                extra_arguments=["--log-level=ERROR"],  # no notice about the kernel's local sockets
+                extra_arguments=["--log-level=CRITICAL"],  # its notices look like failures
             )
         except PapermillExecutionError as error:
             failed = output.with_suffix(".failed.ipynb")

@@ -105,7 +105,7 @@ def every_figure(rng, classes: int, sets: dict[str, str], methods: list[str]) ->
         "score_histograms": plots.score_histograms(id_scores, scores, threshold=0.5, **near_far),
         "roc_curves": plots.roc_curves(id_scores, scores, **common),
         "score_grid": plots.score_grid(dict.fromkeys(methods[:3], (id_scores, scores)), **near_far),
-        "himplos_mask": plots.himplos_mask(weight, mask, names, **common),
+        "head_mask": plots.head_mask(weight, mask, names, **common),
         "class_heatmap": plots.class_heatmap(weight, names, colour_label="contribution", **common),
         "logits_before_after": plots.logits_before_after(logits, logits, **near_far),
         "line_masks": plots.line_masks(mask, rng.uniform(0, 100, (classes, classes)), names, **common),
@@ -294,10 +294,10 @@ def test_score_grid_has_a_row_a_method_and_a_column_a_set(rng):
     assert [axes.texts[0].get_text() for axes in figure.axes] == ["0 %", "100 %", "0 %", "0 %"]
 
 
-def test_himplos_mask_greys_what_is_masked():
+def test_head_mask_greys_what_is_masked():
     weight = np.array([[0.9, 0.1, 0.5, -0.4], [0.2, 0.8, -0.3, 0.6]])
     mask = np.array([[True, False, True, False], [True, True, False, False]])
-    figure = plots.himplos_mask(torch.tensor(weight), torch.tensor(mask), ["cat", "dog"], caption=CAPTION)
+    figure = plots.head_mask(torch.tensor(weight), torch.tensor(mask), ["cat", "dog"], caption=CAPTION)
     shown = np.ma.filled(figure.axes[0].images[0].get_array(), np.nan)
     # features 0 and 2 belong to class 0, features 1 and 3 to class 1
     np.testing.assert_array_equal(shown, [[0.9, 0.5, np.nan, np.nan], [0.2, np.nan, 0.8, np.nan]])
@@ -305,11 +305,11 @@ def test_himplos_mask_greys_what_is_masked():
     assert same_color(image.cmap(np.ma.masked_invalid([np.nan]))[0], "0.7")
     assert image.norm.vmin == -image.norm.vmax
     counts = figure.axes[1].collections[0].get_paths()[0].vertices[:, 1]
-    assert counts.max() == 2 and "50 % of the features" in figure.axes[0].get_title()
+    assert counts.max() == 2 and "50 % of the head weights" in figure.axes[0].get_title()
     with pytest.raises(InputError, match=r"\[2, 4\] and mask \[2, 3\] differ"):
-        plots.himplos_mask(weight, mask[:, :3], caption=CAPTION)
+        plots.head_mask(weight, mask[:, :3], caption=CAPTION)
     with pytest.raises(InputError, match="Found 1 class names, expected 2"):
-        plots.himplos_mask(weight, mask, ["cat"], caption=CAPTION)
+        plots.head_mask(weight, mask, ["cat"], caption=CAPTION)
 
 
 def test_class_heatmap_limits_are_robust_and_centred(rng):

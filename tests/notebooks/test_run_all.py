@@ -77,8 +77,11 @@ def test_digits_run_from_nothing_to_the_report(digits):
 
 def test_a_second_run_has_nothing_to_do_and_says_so(digits):
     folder, arguments, _ = digits
+    manifest = folder / "figures" / "digits" / "manifest.json"
+    before = manifest.read_bytes()
     status, output = run_all(folder, *arguments)
     assert status == 0 and output.count("up to date") == len(notebook_names())
+    assert manifest.read_bytes() == before
     status, output = run_all(folder, *arguments, "--dry-run", "--force")
     assert output.count("would run") == len(notebook_names())
 

@@ -1,0 +1,35 @@
+"""The README's examples are what it says they are."""
+
+import re
+
+import torch
+
+from ood_helpers.config import PROJECT_ROOT, load_config
+from ood_helpers.detectors import create_all
+from ood_helpers.features import FeatureBank, Head
+
+README = (PROJECT_ROOT / "README.md").read_text()
+
+
+def test_the_example_config_is_complete(tmp_path):
+    path = tmp_path / "my_experiment.yaml"
+    path.write_text(re.search(r"```yaml\n(# my_experiment.yaml\n.*?)```", README, re.DOTALL)[1])
+    config = load_config(path, data_root=tmp_path)
+    assert config.id.test.path == str(tmp_path / "test.npz")
+    assert list(create_all(config.detectors)) == ["msp", "energy", "himplos", "line"]
+
+
+def test_the_example_detector_scores_as_its_docstring_says():
+    code = re.search(r"```python\n(# ood_helpers/detectors/nearest_mean.py\n.*?)```", README, re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 22  # "about twenty lines"
+    namespace = {"__name__": "ood_helpers.detectors.nearest_mean"}
+    exec(code, namespace)
+    features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
+    bank = FeatureBank(features, features, torch.tensor([0, 0, 1]))
+    detector = namespace["NearestMean"]().fit(bank, Head(torch.eye(2), torch.zeros(2)))
+    assert detector.score_samples(bank).tolist() == [-1.0, -1.0, 0.0]  # class means (1, 0) and (0, 4)
+
+
+def test_the_notebooks_of_the_readme_exist():
+    for name in re.findall(r"^\| `(\d\d_\w+)` \|", README, re.MULTILINE):
+        assert (PROJECT_ROOT / "notebooks" / f"{name}.ipynb").exists()
