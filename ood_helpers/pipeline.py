@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from ood_helpers import metrics, plots, results
 from ood_helpers.backbones import Classifier, build, load_checkpoint, weights_fingerprint
-from ood_helpers.config import PROJECT_ROOT, ExperimentConfig, load_config, resolve_path
+from ood_helpers.config import PROJECT_ROOT, ExperimentConfig, Images, load_config, resolve_path
 from ood_helpers.data import ImageSet, Transform, open_image_set
 from ood_helpers.detectors import DETECTORS, Detector, create, create_all
 from ood_helpers.errors import InputError, MissingDataError, nearest
@@ -145,6 +145,10 @@ class Experiment:
 
     # ---- image sets -------------------------------------------------------------------------------------
 
+    def _sources(self) -> dict[str, Images]:
+        sources = {name: getattr(self.config.id, name) for name in self.id_names}
+        return sources | {ood.name: ood.images for ood in self.config.ood}
+
     def image_set(self, name: str) -> ImageSet:
         """`train`, `validation`, `test` or an OOD set by name.
 
@@ -154,8 +158,7 @@ class Experiment:
         InputError : unknown name, damaged data, class names in another order than the config's
         """
         if name not in self._image_sets:
-            sources = {key: getattr(self.config.id, key) for key in self.id_names}
-            sources |= {ood.name: ood.images for ood in self.config.ood}
+            sources = self._sources()
             if name not in sources:
                 raise InputError(f"No image set {name!r} in {self.config.name}; {nearest(name, sources)}")
             title = f"{self.config.id.name} {name}" if name in ID_SETS else name
@@ -202,22 +205,17 @@ class Experiment:
         """
         if self._checked:
             return
+        problems = []
         checkpoint = self.config.backbone.checkpoint
         if checkpoint and not resolve_path(checkpoint).exists():
-            raise MissingDataError(
-                f"No checkpoint {checkpoint}, expected the weights of the network; put the file there, or correct backbone.checkpoint or the data root (--data-root)."
+            problems.append(
+                f"No checkpoint {checkpoint}, expected the weights of the network; put the file there."
             )
-        problems = []
-        for name in self.id_names:
-            try:
-                self.image_set(name)
-            except MissingDataError as error:
-                problems.append(str(error))
-        for ood in self.config.ood:
-            try:
-                self.image_set(ood.name)
-            except MissingDataError as error:
-                self.missing[ood.name] = str(error)
+        sources = self._sources()
+        local = [name for name, images in sources.items() if images.source not in ("torchvision", "archive")]
+        self._open_all(local, problems)
+        if not problems and (not self.missing or self.skip_missing):  # else nothing is fetched for nothing
+            self._open_all([name for name in sources if name not in local], problems)
         if self.missing and not self.skip_missing:
             problems += self.missing.values()
             problems.append("To go on without the missing OOD sets, add --skip-missing (skip_missing=True).")
@@ -231,6 +229,16 @@ class Experiment:
                 "All OOD sets are missing, expected at least one:\n" + "\n".join(self.missing.values())
             )
         self._checked = True
+
+    def _open_all(self, names: list[str], problems: list[str]) -> None:
+        for name in names:
+            try:
+                self.image_set(name)
+            except MissingDataError as error:
+                if name in ID_SETS:
+                    problems.append(str(error))
+                else:
+                    self.missing[name] = str(error)
 
     def describe_image_sets(self) -> pd.DataFrame:
         """One row an image set: group, source, count, size, SHA-256 (first digits), status."""

@@ -296,6 +296,15 @@ def test_a_missing_checkpoint_is_reported_before_the_pass(spoilt):
         open_experiment().check_images()
 
 
+def test_nothing_is_fetched_for_a_run_that_cannot_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("requests.get", lambda *_, **__: pytest.fail("a download"))
+    run = Experiment.open(
+        "cifar10_densenet", data_root=str(tmp_path), run_dir=str(tmp_path / "runs"), device="cpu"
+    )
+    with pytest.raises(MissingDataError, match="No checkpoint .*cifar10_densenet101_dice"):
+        run.check_images()
+
+
 def test_a_truncated_npz_is_named(spoilt):
     target, open_experiment = spoilt
     content = (target / "letters.npz").read_bytes()

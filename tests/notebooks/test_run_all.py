@@ -116,7 +116,7 @@ def test_wrong_arguments_are_sentences_without_a_traceback(tmp_path, arguments, 
 def test_list_names_notebooks_experiments_and_detectors(tmp_path):
     status, output = run_all(tmp_path, "--list")
     assert status == 0
-    for name in [*notebook_names(), "cifar10_npz", "himplos", "needs 03_precompute"]:
+    for name in [*notebook_names(), "cifar10_npz", "himplos", "after 03_precompute"]:
         assert name in output
 
 
