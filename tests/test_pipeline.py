@@ -301,7 +301,7 @@ def test_nothing_is_fetched_for_a_run_that_cannot_start(tmp_path, monkeypatch):
     run = Experiment.open(
         "cifar10_densenet", data_root=str(tmp_path), run_dir=str(tmp_path / "runs"), device="cpu"
     )
-    with pytest.raises(MissingDataError, match="No checkpoint .*cifar10_densenet101_dice"):
+    with pytest.raises(MissingDataError, match=r"No checkpoint .*cifar10_densenet101_dice"):
         run.check_images()
 
 
