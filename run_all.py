@@ -26,7 +26,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
         "--config", default="digits", help="experiment name in configs/ or path to a YAML file"
@@ -175,9 +175,7 @@ if __name__ == "__main__":
     try:
         status = main()
     except InputError as error:
-        console.print(
-            f"[red]{error}[/red]" if "[" not in str(error) else str(error), markup="[" not in str(error)
-        )
+        console.print(Text(str(error), style="red"))
         status = 1
     except KeyboardInterrupt:
         console.print("Stopped; what is finished is kept, run the same command to go on.")

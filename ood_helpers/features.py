@@ -361,21 +361,17 @@ def activation_percentile(bank: Bank, percentile: float) -> float:
 
 
 def _order_statistic(bank: Bank, rank: int) -> float:
-    prefix, bits, dtype = 0, None, None
-    shift = None
-    while shift is None or shift > 0:
+    dtype = next(iter(bank.shards())).features.cpu().numpy().dtype
+    prefix, bits = 0, 8 * dtype.itemsize
+    for start in range(bits - 16, -1, -16):
         histogram = np.zeros(1 << 16, dtype=np.int64)
         for shard in bank.shards():
-            values = shard.features.cpu().numpy().ravel()
-            dtype, bits = values.dtype, 8 * values.dtype.itemsize
-            keys = _sortable(values)
-            start = bits - 16 if shift is None else shift - 16
+            keys = _sortable(shard.features.cpu().numpy().ravel())
+            unsigned = keys.dtype.type
             if start < bits - 16:
-                keys = keys[(keys >> keys.dtype.type(start + 16)) == prefix]
-            histogram += np.bincount(
-                ((keys >> keys.dtype.type(start)) & 0xFFFF).astype(np.int64), minlength=1 << 16
-            )
-        shift = start
+                keys = keys[(keys >> unsigned(start + 16)) == prefix]
+            digits = (keys >> unsigned(start)) & unsigned(0xFFFF)
+            histogram += np.bincount(digits.astype(np.int64), minlength=1 << 16)
         cumulative = np.cumsum(histogram)
         digit = int(np.searchsorted(cumulative, rank, side="right"))
         rank -= int(cumulative[digit - 1]) if digit else 0

@@ -27,7 +27,7 @@ from ood_helpers.detectors import DETECTORS, Detector, create, create_all
 from ood_helpers.errors import InputError, MissingDataError, nearest
 from ood_helpers.features import Head, StoredBank, accuracy, bank_key, class_means, extract, resolve_device
 from ood_helpers.files import atomic_path, locked, sha256_of_file, sha256_of_json
-from ood_helpers.training import TRAINING_VERSION, train_classifier
+from ood_helpers.training import TRAINING_VERSION, check_labels, train_classifier
 
 ID_SETS = ("train", "validation", "test")
 SHORT = 20  # hexadecimal digits of a fingerprint in a folder's name
@@ -172,15 +172,9 @@ class Experiment:
 
     def _check_labels(self, image_set: ImageSet) -> None:
         expected, number = self.config.id.class_names, self.config.id.num_classes
-        if image_set.labels is None:
-            raise InputError(
-                f"{image_set.name} has no labels, expected the class of each image; add them to the set."
-            )
-        if len(image_set) == 0 or image_set.labels.max() >= number:
-            found = "no images" if len(image_set) == 0 else f"a label {image_set.labels.max()}"
-            raise InputError(
-                f"{image_set.name} has {found}, expected labels 0 to {number - 1}; check num_classes."
-            )
+        check_labels(image_set, number)
+        if len(image_set) == 0:
+            raise InputError(f"{image_set.name} has no images, expected at least one; check its source.")
         if expected is None or image_set.class_names is None or tuple(image_set.class_names) == expected:
             return
         found = image_set.class_names

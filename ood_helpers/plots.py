@@ -27,7 +27,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.files import atomic_path
 from ood_helpers.metrics import fpr_at_tpr
-from ood_helpers.results import METRICS, wide_table
+from ood_helpers.results import METRICS, ordered_sets, wide_table
 
 WIDTH = 7.0  # inches: the text width of a page
 SCORE = "score (higher = more in-distribution)"
@@ -576,7 +576,7 @@ def results_intervals(results: pd.DataFrame, *, caption: str, title: str = "") -
     seeds a point is the mean over seeds, its bar the mean interval, and a tick marks each seed.
     """
     _require_results(results, ["fpr95", "fpr95_lo", "fpr95_hi", "auroc", "auroc_lo", "auroc_hi"])
-    sets, methods = _ordered_sets(results), _ordered_methods(results)
+    sets, methods = ordered_sets(results), _ordered_methods(results)
     several_seeds = results.groupby(["method", "ood_set"]).size().max() > 1
     lanes = len(sets) + 1
     lane = 0.8 / lanes
@@ -629,7 +629,7 @@ def results_heatmap(results: pd.DataFrame, metric: str = "fpr95", *, caption: st
     results: the long-form table. Methods stand in the order of their mean FPR95, best first.
     """
     _require_results(results, [metric], metric)
-    sets = _ordered_sets(results)
+    sets = ordered_sets(results)
     table = wide_table(results, metric).loc[_ordered_methods(results)]
     if len(set(sets.values())) == 1:
         table = table.drop(columns=f"mean {next(iter(sets.values()))}")
@@ -673,7 +673,7 @@ def ranking(results: pd.DataFrame, metric: str = "fpr95", *, caption: str, title
     results: the long-form table. The right end lists the methods by their mean rank.
     """
     _require_results(results, [metric], metric)
-    sets = _ordered_sets(results)
+    sets = ordered_sets(results)
     ranks = wide_table(results, metric)[list(sets)].rank(ascending=metric == "fpr95")
     mean_rank = ranks.mean(axis=1).sort_values(kind="stable")
     figure = _new_figure(max(0.27 * len(ranks) + 1.0, 2.2), caption, title)
@@ -715,7 +715,7 @@ def published_comparison(results: pd.DataFrame, *, caption: str, title: str = ""
         message = "No published values for the methods and OOD sets of this experiment."
         axes.text(0.5, 0.5, message, ha="center", va="center", transform=axes.transAxes)
         return figure
-    sets, methods = _ordered_sets(known), _ordered_methods(known)
+    sets, methods = ordered_sets(known), _ordered_methods(known)
     columns = [metric + end for metric in METRICS for end in ("", "_lo", "_hi")] + published
     means = known.groupby(["method", "ood_set"])[columns].mean()
     pairs = [(method, name) for method in methods for name in sets if (method, name) in means.index]
@@ -970,12 +970,6 @@ def _write_values(axes: Axes, image: Any, values: np.ndarray, form: str, skip_ze
 def _metric_label(metric: str) -> str:
     name, direction = METRICS[metric]
     return f"{name} (%), {direction}"
-
-
-def _ordered_sets(results: pd.DataFrame) -> dict[str, str]:
-    """OOD set -> group; the near sets first."""
-    groups = dict(zip(results.ood_set, results.group))
-    return dict(sorted(groups.items(), key=lambda item: item[1] != "near"))
 
 
 def _ordered_methods(results: pd.DataFrame) -> list[str]:

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -44,7 +45,7 @@ def published_values(published: PublishedConfig | None, method: str, ood_set: st
     values = {"published_fpr95": None, "published_auroc": None, "published_source": None}
     if published is None or ood_set not in published.ood_sets:
         return values
-    table = pd.read_csv(PUBLISHED_PATH)
+    table = _published_table()
     found = table[
         (table.method == method)
         & (table.id_set == published.id_set)
@@ -55,6 +56,11 @@ def published_values(published: PublishedConfig | None, method: str, ood_set: st
         return values
     row = found.iloc[0]
     return {"published_fpr95": row.fpr95, "published_auroc": row.auroc, "published_source": row.source}
+
+
+@cache
+def _published_table() -> pd.DataFrame:
+    return pd.read_csv(PUBLISHED_PATH)
 
 
 def write_results(results: pd.DataFrame, path: Path) -> None:
@@ -72,7 +78,7 @@ def wide_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 
     Near sets come first; a mean over a group is a plain mean of its sets.
     """
-    sets = _ordered_sets(results)
+    sets = ordered_sets(results)
     table = results.pivot_table(index="method", columns="ood_set", values=metric, sort=False)[list(sets)]
     for group in ("near", "far"):
         members = [name for name, its_group in sets.items() if its_group == group]
@@ -82,7 +88,8 @@ def wide_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     return table.reindex(results.method.unique())
 
 
-def _ordered_sets(results: pd.DataFrame) -> dict[str, str]:
+def ordered_sets(results: pd.DataFrame) -> dict[str, str]:
+    """OOD set -> group; the near sets first."""
     pairs = results[["ood_set", "group"]].drop_duplicates()
     order = sorted(zip(pairs.ood_set, pairs.group), key=lambda pair: pair[1] == "far")
     return dict(order)

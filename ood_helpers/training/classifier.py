@@ -170,7 +170,7 @@ def check_labels(image_set: ImageSet, num_classes: int) -> None:
     """Raise an InputError unless every image has a label in 0 .. num_classes - 1."""
     if image_set.labels is None:
         raise InputError(
-            f"The image set {image_set.name} has no labels, expected one an image; training needs them."
+            f"The image set {image_set.name} has no labels, expected the class of each image; add them to the set."
         )
     if len(image_set) and not 0 <= image_set.labels.min() <= image_set.labels.max() < num_classes:
         raise InputError(

@@ -106,6 +106,7 @@ def test_a_failing_notebook_gives_exit_status_1_and_names_cell_and_error(digits)
         (["--only", "12_lien"], "did you mean '12_line'"),
         (["--config", "cifar10_npz", "--data-root", "/nowhere"], "/nowhere/data/ood/svhn.npz"),
         (["--seeds", "1", "1"], "expected different numbers"),
+        (["--forc"], "unrecognized arguments: --forc"),
     ],
 )
 def test_wrong_arguments_are_sentences_without_a_traceback(tmp_path, arguments, sentence):
