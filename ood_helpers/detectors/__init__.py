@@ -64,7 +64,7 @@ def create_all(detectors: Mapping[str, Mapping[str, Any]]) -> dict[str, Detector
     """The detectors of an experiment: row name -> hyper-parameters, in order.
 
     Two keys are no hyper-parameters: `detector`, the name in `DETECTORS` where it is not the row name, and
-    `label`, the name shown in tables and figures (default: the method's title). For example
+    `label`, the name shown in tables and figures (default: the method's own). For example
     `{"him_only": {"detector": "himplos", "smoothing": False, "label": "HIM only"}}`.
 
     Raises
@@ -79,7 +79,8 @@ def create_all(detectors: Mapping[str, Mapping[str, Any]]) -> dict[str, Detector
             detector = create(name, **settings)
         except InputError as error:
             raise InputError(f"detectors.{row}: {error}") from None
-        detector.label = detector.title if label is None else str(label)
+        if label is not None:
+            detector.label = str(label)
         for other, earlier in created.items():
             if earlier.label == detector.label:
                 raise InputError(

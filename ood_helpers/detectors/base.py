@@ -23,7 +23,10 @@ class Detector:
     it learns (attributes with a trailing underscore) and `_check()` for the ranges of its fields.
 
     Nothing that depends on a hyper-parameter outlives a change of it: set a field after `fit` and the next
-    score uses it. Scores are computed in the dtype and on the device of the bank that is scored.
+    score uses it. Scores are computed in the dtype and on the device of the bank that is scored, or in float64
+    where float32 would round different samples into ties.
+
+    What a method needs beyond banks and heads it says by `needs_images`, `needs_validation` and `fit_set`.
     """
 
     title: ClassVar[str] = "Detector"
@@ -33,30 +36,56 @@ class Detector:
         self.label = self.title
         self._check()
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether scoring needs an ImageBank, whose shards hold the images and the network, too."""
+        return False
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether `fit` needs `validation_bank`, an ImageBank of labelled ID images outside training and test set."""
+        return False
+
+    @property
+    def fit_set(self) -> str:
+        """The image set whose bank `fit` takes: `train`, unless a method is asked to leak."""
+        return "train"
+
+    @property
+    def extra_passes(self) -> int:
+        """Passes through the network, forward or backward, that scoring an image costs beyond the one in its bank."""
+        return 0
+
     def hyperparameters(self) -> dict[str, Any]:
         """The fields and their present values, ready for JSON."""
         return asdict(self)
 
-    def fit(self, train_bank: Bank, head: Head) -> Self:
+    def fit(self, train_bank: Bank, head: Head, validation_bank: Bank | None = None) -> Self:
         """Learn from the features of the ID training images and the classifier's head.
 
         Parameters
         ----------
         train_bank : features [N, D], logits [N, C], and labels [N] for methods with class means
         head : weight [C, D], bias [C]
+        validation_bank : for methods that tune themselves (`needs_validation`), ignored by all others
 
         Raises
         ------
         InputError : sizes of bank and head differ; labels are missing; a class without images; NaN or infinite
-            features
+            features; no validation bank where one is needed
         """
+        if self.needs_validation and validation_bank is None:
+            raise InputError(
+                f"{self.title}: found no validation bank, expected labelled ID images outside the training and the test "
+                "set to tune on; add id.validation to the config."
+            )
         if not len(train_bank):
             raise InputError(
                 f"{self.title}: the training bank has no samples, expected ID training images; check the set."
             )
         for shard in train_bank.shards():
             self._check_sizes(shard, head)
-        self.head_ = head
+        self.head_, self.validation_bank_ = head, validation_bank
         self._cache: dict[Hashable, Any] = {}
         self._fit(train_bank)
         return self
