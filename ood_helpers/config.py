@@ -44,17 +44,20 @@ class Model(BaseModel):
 
 
 class Subset(Model):
-    """Which images of a set are used: the first n, the first n of each class in file order, or n drawn by seed."""
+    """Which images of a set are used: the first n, those after the first n (all, or the `first` of them), the first n
+    of each class in file order, or n drawn by seed."""
 
     first: PositiveInt | None = None
+    after: PositiveInt | None = None
     per_class: PositiveInt | None = None
     random: PositiveInt | None = None
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _one_rule(self) -> "Subset":
-        if sum(rule is not None for rule in (self.first, self.per_class, self.random)) != 1:
-            raise ValueError("a subset takes exactly one of first, per_class and random")
+        rules = [self.first or self.after, self.per_class, self.random]
+        if sum(rule is not None for rule in rules) != 1:
+            raise ValueError("a subset takes exactly one of first (and after), per_class and random")
         if self.random is None and "seed" in self.model_fields_set:
             raise ValueError("seed has no effect without random; remove it")
         return self
@@ -70,7 +73,7 @@ class EmbeddedImages(Images):
     """The sets that come with the kit: scikit-learn's digits and the OOD sets made for them."""
 
     source: Literal["embedded"]
-    set: Literal["digits", "letters", "chimeras", "photographs", "textures", "noise"]
+    set: Literal["digits", "letters", "chimeras", "jigsaw", "photographs", "textures", "noise"]
     split: Literal["train", "validation", "test"] | None = Field(None, description="digits only")
     count: PositiveInt = Field(1000, description="number of images; not for digits")
     seed: NonNegativeInt = Field(0, description="seed of the generator; not for digits")
@@ -278,6 +281,21 @@ class FeaturesConfig(Model):
     taps: tuple[str, ...] = Field((), description="modules whose pooled outputs are kept beside the features")
 
 
+class TuningConfig(Model):
+    """Choosing hyper-parameters: every combination of a grid is scored on the ID validation images against images
+    of a set that is not reported, and the best one becomes a row of its own beside the default."""
+
+    name: str = Field(description="of the outliers, for tables")
+    images: ImageSource
+    related: tuple[str, ...] = Field(
+        (), description="OOD sets with images like these; tuned rows leave them out"
+    )
+    metric: Literal["auroc", "fpr95"] = "auroc"
+    grids: dict[str, dict[str, list[Any]]] = Field(
+        description="row of detectors -> hyper-parameter -> values; where several are best, the first is taken"
+    )
+
+
 class MetricsConfig(Model):
     """The 95 % confidence intervals."""
 
@@ -306,6 +324,7 @@ class ExperimentConfig(Model):
     detectors: dict[str, dict[str, Any]] = Field(
         description="row name -> hyper-parameters; see ood_helpers.detectors"
     )
+    tuning: TuningConfig | None = None
     metrics: MetricsConfig = MetricsConfig()
     published: PublishedConfig | None = None
 
@@ -320,7 +339,7 @@ class ExperimentConfig(Model):
     def _distinct_names(self) -> "ExperimentConfig":
         names = [ood.name for ood in self.ood]
         for name in names:
-            if names.count(name) > 1 or name in ("train", "validation", "test"):
+            if names.count(name) > 1 or name in ("train", "validation", "test", "tuning"):
                 raise ValueError(f"the OOD set name {name!r} is taken; give every set its own name")
         if self.published is not None:
             for name in self.published.ood_sets:
@@ -328,6 +347,29 @@ class ExperimentConfig(Model):
                     raise ValueError(
                         f"published.ood_sets names {name!r}, which is no OOD set; {nearest(name, names)}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _tuning_is_possible(self) -> "ExperimentConfig":
+        if self.tuning is None:
+            return self
+        if self.id.validation is None:
+            raise ValueError("tuning needs ID images of its own; add id.validation")
+        names = [ood.name for ood in self.ood]
+        for key, found, valid in (
+            ("grids", self.tuning.grids, self.detectors),
+            ("related", self.tuning.related, names),
+        ):
+            for name in found:
+                if name not in valid:
+                    raise ValueError(f"tuning.{key} names {name!r}; {nearest(name, valid)}")
+        for row, grid in self.tuning.grids.items():
+            if f"{row}_tuned" in self.detectors:
+                raise ValueError(f"the row {row}_tuned is taken by the tuned {row}; give it another name")
+            if not grid or not all(grid.values()):
+                raise ValueError(f"tuning.grids.{row} has no values; give a list for each hyper-parameter")
+        if all(name in self.tuning.related for name in names):
+            raise ValueError("tuning.related names every OOD set, so that nothing is left to report")
         return self
 
 
@@ -411,7 +453,7 @@ def _apply_override(data: dict, override: str) -> None:
         raise InputError(
             f"The setting {override!r} is not of the form KEY=VALUE, for example himplos.percentile=50."
         )
-    keys = match[1].split(".")
+    path = match[1]
     try:
         value = yaml.safe_load(match[2])
     except yaml.YAMLError:
@@ -419,31 +461,45 @@ def _apply_override(data: dict, override: str) -> None:
             f"The value of the setting {override!r} is not valid YAML; put text with brackets in quotes."
         ) from None
     detectors = data.get("detectors", {})
-    if keys[0] not in ExperimentConfig.model_fields:
-        if keys[0] not in detectors:
+    first, _ = _split_path(path, data)
+    if first not in ExperimentConfig.model_fields:
+        row, _ = _split_path(path, detectors)
+        if row not in detectors:
             raise InputError(
-                f"The setting {override!r} starts with {keys[0]!r}, neither a setting nor a detector of this experiment; "
-                + nearest(keys[0], [*ExperimentConfig.model_fields, *detectors])
+                f"The setting {override!r} starts with {row!r}, neither a setting nor a detector of this experiment; "
+                + nearest(row, [*ExperimentConfig.model_fields, *detectors])
             )
-        keys.insert(0, "detectors")
+        path = f"detectors.{path}"
     place: Any = data
-    for depth, key in enumerate(keys[:-1]):
+    walked: list[str] = []
+    while True:
+        named = place
         if isinstance(place, list):
             named = {item.get("name"): item for item in place if isinstance(item, dict)}
-            if key not in named:
-                raise InputError(f"The setting {override!r} names {key!r}; {nearest(key, map(str, named))}")
-            place = named[key]
-        else:
-            if place.get(key) is None:
-                place[key] = {}
-            place = place[key]
+        key, path = _split_path(path, named)
+        if path is None:
+            break
+        if isinstance(place, list) and key not in named:
+            raise InputError(f"The setting {override!r} names {key!r}; {nearest(key, map(str, named))}")
+        if named.get(key) is None:
+            named[key] = {}
+        place = named[key]
+        walked.append(key)
         if not isinstance(place, dict | list):
             raise InputError(
-                f"The setting {override!r} goes below {'.'.join(keys[: depth + 1])}, which is a plain value."
+                f"The setting {override!r} goes below {'.'.join(walked)}, which is a plain value."
             )
     if isinstance(place, list):
         raise InputError(f"The setting {override!r} ends in a list; name one of its items and a key of it.")
-    place[keys[-1]] = value
+    place[key] = value
+
+
+def _split_path(path: str, names: Iterable[str]) -> tuple[str, str | None]:
+    """The first name of a dotted path and what follows it (None: nothing): the longest of `names` that the path starts
+    with, for names such as pytorch_ood.KNN have dots themselves, else everything up to the first dot."""
+    fitting = [name for name in names if f"{path}.".startswith(f"{name}.")]
+    first = max(fitting, key=len, default=path.partition(".")[0])
+    return first, path[len(first) + 1 :] if len(path) > len(first) else None
 
 
 def _describe(error: ValidationError) -> str:

@@ -7,9 +7,11 @@ are written atomically; an interrupted pass goes on at the first missing shard.
 
 import json
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +157,123 @@ class StoredBank:
         return FeatureBank(features, torch.cat([shard.logits for shard in shards]), labels, taps)
 
 
-Bank = FeatureBank | StoredBank
+class PixelNetwork:
+    """A classifier as a differentiable function of pixels in [0, 1], for methods that need its input gradient.
+
+    The normalisation (x - mean) / std is part of the function, so a step of a given size in pixels is the same
+    step whatever the normalisation. The network is set to evaluation mode and its parameters are frozen, as no
+    method needs their gradients.
+
+    Parameters
+    ----------
+    network : the classifier, moved to `device`
+    transform : of which mean and std are used
+    """
+
+    def __init__(self, network: Classifier, transform: Transform, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        mean, std = torch.tensor([transform.mean, transform.std], dtype=torch.float32, device=device)
+        self.mean, self.std = mean[:, None, None], std[:, None, None]
+        self._tap_calls: dict[frozenset[str], Counter] = {}
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Logits [B, C] of pixels [B, 3, H, W] in [0, 1]."""
+        return self.network(self._inputs(pixels))
+
+    def pooled(self, pixels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Spatial means [B, D_l] of modules' outputs; the name `features` is the penultimate layer.
+
+        The pass ends at the last module that is needed, so an early layer costs a fraction of a pass.
+
+        Raises
+        ------
+        InputError : no such module
+        """
+        modules = frozenset(names) - {"features"}
+        # A module may run several times in a pass and its last output counts, as in a bank: the first pass goes
+        # to its end and counts them.
+        last, calls = self._tap_calls.get(modules), Counter()
+
+        def kept(name: str) -> None:
+            calls[name] += 1
+            if calls == last and "features" not in names:
+                raise _LastTap
+
+        with _tapped(self.network, tuple(modules), kept) as values:
+            try:
+                features = self.network.features(self._inputs(pixels))
+                values["features"] = features
+                self.network.head(features)
+                self._tap_calls[modules] = calls
+            except _LastTap:
+                pass
+        return {name: values[name] for name in names}
+
+    def _inputs(self, pixels: Tensor) -> Tensor:
+        inputs = (pixels - self.mean) / self.std
+        return inputs.contiguous(memory_format=torch.channels_last)
+
+
+class _LastTap(Exception):
+    """Ends a forward pass when the last module that is needed has run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageShard(FeatureBank):
+    """A piece of a bank together with the images it was made of and the network.
+
+    network : the classifier of the bank, as a function of pixels
+    batches : gives the images, uint8 [B, 3, H, W] in the order of the bank
+    name : of the image set, for progress bars
+    """
+
+    network: PixelNetwork
+    batches: Callable[[], Iterator[Tensor]]
+    name: str = "images"
+
+    def pixels(self) -> Iterator[Tensor]:
+        """The images in batches, float32 [B, 3, H, W] in [0, 1] on the network's device."""
+        for batch in self.batches():
+            yield batch.to(self.network.device, non_blocking=True).to(torch.float32).div(255)
+
+
+@dataclass(frozen=True)
+class ImageBank:
+    """A bank whose shards hold the images and the network, too, for methods that differentiate it.
+
+    bank : the features, logits, labels and taps
+    network : the classifier the bank was made with
+    batches : (start, stop) -> images start, ..., stop - 1 of the set, uint8 [B, 3, H, W]
+    name : of the image set, for progress bars
+    """
+
+    bank: FeatureBank | StoredBank
+    network: PixelNetwork
+    batches: Callable[[int, int], Iterator[Tensor]]
+    name: str = "images"
+
+    def __len__(self) -> int:
+        return len(self.bank)
+
+    def shards(self) -> Iterator[ImageShard]:
+        """One ImageShard for every shard of the bank, in order."""
+        start = 0
+        for shard in self.bank.shards():
+            stop = start + len(shard)
+            yield ImageShard(
+                shard.features,
+                shard.logits,
+                shard.labels,
+                shard.taps,
+                network=self.network,
+                batches=partial(self.batches, start, stop),
+                name=self.name,
+            )
+            start = stop
+
+
+Bank = FeatureBank | StoredBank | ImageBank
 
 
 def shard_path(directory: Path, index: int) -> Path:
@@ -259,9 +377,14 @@ def _check_rows(path: Path, found: int, expected: int) -> None:
         )
 
 
+def pass_batch_size(options: FeaturesConfig, device: torch.device | str) -> int:
+    """Images in a batch of a pass: as set, else 32 on the CPU, whose caches it fits, or 256."""
+    return options.batch_size or (32 if torch.device(device).type == "cpu" else 256)
+
+
 def _write_shard(path, network, image_set, transform, start, stop, options, device, bar) -> None:
     outputs: dict[str, list[Tensor]] = {"features": [], "logits": []}
-    batch_size = options.batch_size or (32 if torch.device(device).type == "cpu" else 256)
+    batch_size = pass_batch_size(options, device)
     begin = time.perf_counter()
     with torch.inference_mode(), _tapped(network, options.taps) as taps:
         for batch in image_batches(image_set, transform, start, stop, batch_size, options.workers):
@@ -288,8 +411,10 @@ def _write_shard(path, network, image_set, transform, start, stop, options, devi
 
 
 @contextmanager
-def _tapped(network: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Collect the spatial mean of the named modules' outputs during forward passes."""
+def _tapped(
+    network: nn.Module, names: tuple[str, ...], kept: Callable[[str], None] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Collect the spatial mean of the named modules' outputs during forward passes; `kept` is told of each."""
     modules, values = dict(network.named_modules()), {}
     for name in names:
         if name not in modules:
@@ -300,6 +425,8 @@ def _tapped(network: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Te
     def keep(name):
         def hook(_module, _inputs, output):
             values[name] = output.mean((2, 3)) if output.ndim == 4 else output
+            if kept is not None:
+                kept(name)
 
         return hook
 

@@ -4,32 +4,51 @@ A stage's output lies under a fingerprint of everything it depends on; it is wri
 again by the next notebook, run or process. Nothing is computed before it is asked for.
 """
 
+import copy
 import inspect
+import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
-from ood_helpers import metrics, plots, results
+from ood_helpers import features, metrics, plots, results
 from ood_helpers.backbones import Classifier, build, load_checkpoint, weights_fingerprint
 from ood_helpers.config import PROJECT_ROOT, ExperimentConfig, Images, load_config, resolve_path
-from ood_helpers.data import ImageSet, Transform, open_image_set
+from ood_helpers.data import ImageSet, Transform, image_batches, open_image_set
 from ood_helpers.detectors import DETECTORS, Detector, create, create_all
 from ood_helpers.errors import InputError, MissingDataError, nearest
-from ood_helpers.features import Head, StoredBank, accuracy, bank_key, class_means, extract, resolve_device
-from ood_helpers.files import atomic_path, locked, sha256_of_file, sha256_of_json
+from ood_helpers.features import (
+    Bank,
+    FeatureBank,
+    Head,
+    ImageBank,
+    PixelNetwork,
+    StoredBank,
+    accuracy,
+    bank_key,
+    class_means,
+    extract,
+    pass_batch_size,
+    resolve_device,
+)
+from ood_helpers.files import atomic_path, locked, sha256_of_json
+from ood_helpers.progress import track
 from ood_helpers.training import TRAINING_VERSION, check_labels, train_classifier
 
 ID_SETS = ("train", "validation", "test")
+TUNED = "_tuned"  # ends the name of a row whose hyper-parameters were chosen on a grid
 SHORT = 20  # hexadecimal digits of a fingerprint in a folder's name
 
 
@@ -57,8 +76,16 @@ class Experiment:
         self.skip_missing, self.skip_unreadable = skip_missing, skip_unreadable
         self.detectors: dict[str, Detector] = create_all(config.detectors)
         self._defaults: dict[str, Detector] = {}
+        self._tuned: dict[str, Detector] = {}
+        self._fit_seconds: dict[str, float] = {}
+        if config.tuning is not None:
+            for row, grid in config.tuning.grids.items():
+                list(
+                    self.detectors[row].variants(grid)
+                )  # a wrong grid is refused before anything long starts
         self.transform = Transform(**dict(config.transform))
         self.missing: dict[str, str] = {}
+        self.tuning_missing = ""
         self._checked = False
         self._image_sets: dict[str, ImageSet] = {}
         self._banks: dict[str, StoredBank] = {}
@@ -102,7 +129,8 @@ class Experiment:
             self.skip_missing,
             self.skip_unreadable,
         )
-        other.missing, other._image_sets, other._checked = self.missing, self._image_sets, self._checked
+        other.missing, other.tuning_missing = self.missing, self.tuning_missing
+        other._image_sets, other._checked = self._image_sets, self._checked
         return other
 
     # ---- folders and names ------------------------------------------------------------------------------
@@ -147,10 +175,12 @@ class Experiment:
 
     def _sources(self) -> dict[str, Images]:
         sources = {name: getattr(self.config.id, name) for name in self.id_names}
+        if self.config.tuning is not None:
+            sources["tuning"] = self.config.tuning.images
         return sources | {ood.name: ood.images for ood in self.config.ood}
 
     def image_set(self, name: str) -> ImageSet:
-        """`train`, `validation`, `test` or an OOD set by name.
+        """`train`, `validation`, `test`, `tuning` (the outliers to tune on) or an OOD set by name.
 
         Raises
         ------
@@ -162,6 +192,8 @@ class Experiment:
             if name not in sources:
                 raise InputError(f"No image set {name!r} in {self.config.name}; {nearest(name, sources)}")
             title = f"{self.config.id.name} {name}" if name in ID_SETS else name
+            if name == "tuning":
+                title = self.config.tuning.name
             image_set = open_image_set(
                 sources[name], title, cache_dir=self.run_dir / "cache", skip_unreadable=self.skip_unreadable
             )
@@ -218,7 +250,7 @@ class Experiment:
                 "If the files lie below another folder, name it with --data-root (data_root in a notebook)."
             )
             raise MissingDataError("\n".join(dict.fromkeys(problems)))
-        if len(self.missing) == len(self.config.ood):
+        if all(ood.name in self.missing for ood in self.config.ood):
             raise MissingDataError(
                 "All OOD sets are missing, expected at least one:\n" + "\n".join(self.missing.values())
             )
@@ -229,22 +261,27 @@ class Experiment:
             try:
                 self.image_set(name)
             except MissingDataError as error:
-                if name in ID_SETS:
+                if name in ID_SETS or (name == "tuning" and not self.skip_missing):
                     problems.append(str(error))
+                elif name == "tuning":
+                    self.tuning_missing = str(error)
                 else:
                     self.missing[name] = str(error)
 
     def describe_image_sets(self) -> pd.DataFrame:
         """One row an image set: group, source, count, size, SHA-256 (first digits), status."""
         rows = []
-        for name in [*self.id_names, *self.ood_groups]:
+        groups = {**dict.fromkeys(self.id_names, "ID"), **self.ood_groups}
+        if self.tuned_rows:
+            groups["tuning"] = "to tune on"
+        for name, group in groups.items():
             image_set = self.image_set(name)
             size = image_set.image(0).size
             skipped = f", {len(image_set.skipped)} unreadable skipped" if image_set.skipped else ""
             rows.append(
                 {
                     "set": image_set.name,
-                    "group": "ID" if name in ID_SETS else self.ood_groups[name],
+                    "group": group,
                     "source": image_set.source,
                     "images": len(image_set),
                     "size": f"{size[0]} x {size[1]}" if image_set.array is not None else "varies",
@@ -252,7 +289,10 @@ class Experiment:
                     "status": "ready" + skipped,
                 }
             )
-        for name, problem in self.missing.items():
+        missing = self.missing | (
+            {self.config.tuning.name: self.tuning_missing} if self.tuning_missing else {}
+        )
+        for name, problem in missing.items():
             rows.append(
                 {"set": name, "group": "", "source": problem, "images": 0, "status": "missing, skipped"}
             )
@@ -322,6 +362,24 @@ class Experiment:
             )
         return self._banks[name]
 
+    @property
+    def bank_names(self) -> list[str]:
+        """The image sets that have a bank: ID, OOD and, with tuned rows, the outliers to tune on."""
+        return [*self.id_names, *(["tuning"] if self.tuned_rows else []), *self.ood_groups]
+
+    def image_bank(self, name: str) -> ImageBank:
+        """The bank of an image set with its images and the network, for methods that differentiate by the input."""
+        image_set = self.image_set(name)
+        batch_size = pass_batch_size(self.config.features, self.device)
+
+        def batches(start: int, stop: int) -> Iterator[torch.Tensor]:
+            return image_batches(
+                image_set, self.transform, start, stop, batch_size, self.config.features.workers
+            )
+
+        network = PixelNetwork(self.network, self.transform, self.device)
+        return ImageBank(self.bank(name), network, batches, image_set.name)
+
     def _bank_directory(self, name: str) -> Path:
         taps = self.config.features.taps
         key = bank_key(self.network, self.image_set(name), self.transform, taps, self.device)
@@ -348,7 +406,7 @@ class Experiment:
     def describe_banks(self) -> pd.DataFrame:
         """One row a bank: images, features, seconds and images a second of its forward pass."""
         rows = []
-        for name in ["train", "test", *self.ood_groups]:
+        for name in self.bank_names:
             bank = self.bank(name)
             rows.append(
                 {
@@ -364,100 +422,277 @@ class Experiment:
         """Mean feature [C, D] (float64) and number of training images [C] of each class."""
         return class_means(self.bank("train"), self.config.id.num_classes)
 
-    # ---- scores and results -----------------------------------------------------------------------------
+    # ---- detectors --------------------------------------------------------------------------------------
+
+    @property
+    def tuned_rows(self) -> list[str]:
+        """Rows beside those of the config: `<row>_tuned`, with the hyper-parameters that are best on a grid."""
+        if self.config.tuning is None:
+            return []
+        self.check_images()
+        return [] if self.tuning_missing else [row + TUNED for row in self.config.tuning.grids]
 
     def detector(self, row: str) -> Detector:
-        """The detector of a row of the config, fitted on the ID training bank.
+        """The detector of a row, fitted on the ID training bank (and tuned, for one of `tuned_rows`).
 
         A method that the config leaves out comes with its defaults, so that its notebook runs all the same.
 
         Raises
         ------
-        InputError : neither a row of the config nor a method
+        InputError : neither a row nor a method
         """
+        if row in self.tuned_rows:
+            return self._tuned_detector(row)
         detector = self._unfitted(row)
         if not hasattr(detector, "head_"):
-            detector.fit(self.bank("train"), self.head)
+            self._fit_seconds[row] = self._fit(detector)
         return detector
 
     def _unfitted(self, row: str) -> Detector:
         if row in self.detectors:
             return self.detectors[row]
         if row not in DETECTORS:
-            raise InputError(
-                f"No detector {row!r} in {self.config.name}; {nearest(row, [*self.detectors, *DETECTORS])}"
-            )
+            rows = [*self.detectors, *self.tuned_rows, *DETECTORS]
+            raise InputError(f"No detector {row!r} in {self.config.name}; {nearest(row, rows)}")
         return self._defaults.setdefault(row, create(row))
 
+    def _fit(self, detector: Detector, train_bank: Bank | None = None) -> float:
+        """Fit a detector; returns the seconds, with those of what it computes at its first score."""
+        validation_bank = None
+        if detector.needs_validation and "validation" in self.id_names:
+            validation_bank = self.image_bank("validation")
+        train_bank, shard = train_bank or self.bank(detector.fit_set), next(self.bank("test").shards())
+        begin = time.perf_counter()
+        detector.fit(train_bank, self.head, validation_bank)
+        if not detector.needs_images:
+            taps = {name: tap[:1] for name, tap in shard.taps.items()}
+            detector.score_samples(FeatureBank(shard.features[:1], shard.logits[:1], taps=taps))
+        return time.perf_counter() - begin
+
+    def _tuned_detector(self, row: str) -> Detector:
+        if row not in self._tuned:
+            begin = time.perf_counter()
+            table = self.tune(row.removesuffix(TUNED))
+            chosen = table[table.chosen].iloc[0]
+            detector = copy.copy(self.detector(row.removesuffix(TUNED)))
+            for name in self.config.tuning.grids[row.removesuffix(TUNED)]:
+                setattr(detector, name, chosen[name])
+            detector.label = self._label(row)
+            images, outliers = len(self.image_set("validation")), len(self.image_set("tuning"))
+            detector.tuned_on = (
+                f"{results.METRICS[self.config.tuning.metric][0]} on {images:,} ID validation images against "
+                f"{outliers:,} of {self.config.tuning.name}"
+            )
+            self._tuned[row] = detector
+            self._fit_seconds[row] = time.perf_counter() - begin
+        return self._tuned[row]
+
+    def _label(self, row: str) -> str:
+        if row in self.tuned_rows:
+            return results.tuned_label(self._label(row.removesuffix(TUNED)))
+        return self._unfitted(row).label
+
+    def labels(self, rows: Iterable[str] | None = None) -> list[str]:
+        """The names in tables and figures of some rows (default: those of the config)."""
+        return [self._label(row) for row in (self.detectors if rows is None else rows)]
+
+    def sweep(
+        self,
+        row: str,
+        grid: Mapping[str, Sequence[Any]],
+        id_set: str = "test",
+        ood_sets: Mapping[str, str] | None = None,
+    ) -> pd.DataFrame:
+        """FPR95 and AUROC in percent of every combination of hyper-parameter values, from the cached banks.
+
+        Parameters
+        ----------
+        row : a row of the config or a method; its other hyper-parameters stay as they are
+        grid : hyper-parameter -> values
+        id_set, ood_sets : the sets compared; OOD set -> group, default: all that are reported
+
+        Returns
+        -------
+        one line a combination and OOD set: the hyper-parameters, ood_set, group, fpr95, auroc
+        """
+        ood_sets, lines = self.ood_groups if ood_sets is None else ood_sets, []
+        variants = list(self.detector(row).variants(grid))
+        for settings, detector in track(variants, description=f"{self._label(row)} sweep", unit="setting"):
+            lines += [settings | line for line in self._compare(detector, id_set, ood_sets)]
+        # objects, so that None (off) and the type of each value survive
+        return pd.DataFrame(lines).astype(dict.fromkeys(grid, object))
+
+    def _compare(self, detector: Detector, id_set: str, ood_sets: Mapping[str, str]) -> Iterator[dict]:
+        id_scores = detector.score_samples(self._bank_for(detector, id_set))
+        for name, group in ood_sets.items():
+            values = metrics.evaluate(id_scores, detector.score_samples(self._bank_for(detector, name)))
+            yield {"ood_set": name, "group": group, "fpr95": values["fpr95"], "auroc": values["auroc"]}
+
+    def tune(self, row: str) -> pd.DataFrame:
+        """The grid of a row on the ID validation images against the outliers to tune on; `chosen` marks the best.
+
+        Raises
+        ------
+        InputError : the config has no grid for the row
+        """
+        grids = {} if self.config.tuning is None else self.config.tuning.grids
+        if row not in grids:
+            raise InputError(
+                f"There is no grid for {row!r} in {self.config.name}; add tuning.grids.{row} to the config."
+            )
+        table = self.sweep(row, grids[row], "validation", {"tuning": self.config.tuning.name})
+        values = table[self.config.tuning.metric]
+        best = values.idxmin() if self.config.tuning.metric == "fpr95" else values.idxmax()
+        return table.drop(columns=["ood_set", "group"]).assign(chosen=table.index == best)
+
+    def sample_size(
+        self, rows: Iterable[str], images_per_class: Iterable[int], draws: int = 3
+    ) -> pd.DataFrame:
+        """How many ID training images a method needs: fits on random subsets of the training bank.
+
+        Returns
+        -------
+        one line a method, number of images and draw: method, images_per_class, draw, and the mean over OOD sets
+        of fpr95 and auroc in percent
+        """
+        train, lines, generator = self.bank("train").load(), [], np.random.default_rng(self.seed)
+        by_class = [np.flatnonzero(train.labels.numpy() == k) for k in range(self.config.id.num_classes)]
+        subsets = [
+            (count, draw, np.sort(np.concatenate([generator.permutation(own)[:count] for own in by_class])))
+            for count in images_per_class
+            for draw in range(draws)
+        ]
+        for row, (count, draw, taken) in track(
+            list(itertools.product(rows, subsets)), description="sample size", unit="fit"
+        ):
+            taps = {name: tap[taken] for name, tap in train.taps.items()}
+            subset = FeatureBank(train.features[taken], train.logits[taken], train.labels[taken], taps)
+            detector = copy.copy(self._unfitted(row))
+            self._fit(detector, subset)
+            values = pd.DataFrame(self._compare(detector, "test", self.ood_groups))[["fpr95", "auroc"]].mean()
+            lines.append(
+                {"method": self._label(row), "images_per_class": count, "draw": draw, **values.to_dict()}
+            )
+        return pd.DataFrame(lines)
+
+    # ---- scores and results -----------------------------------------------------------------------------
+
+    def _bank_for(self, detector: Detector, name: str) -> Bank:
+        return self.image_bank(name) if detector.needs_images else self.bank(name)
+
+    def _sets_of(self, row: str) -> dict[str, str]:
+        """OOD set -> group of those a row is reported on."""
+        related = self.config.tuning.related if row in self.tuned_rows else ()
+        return {name: group for name, group in self.ood_groups.items() if name not in related}
+
     def _score_fingerprint(self, row: str) -> str:
-        detector = self._unfitted(row)
-        sets = ["train", "test", *self.ood_groups]
+        base = self._unfitted(row.removesuffix(TUNED) if row in self.tuned_rows else row)
+        sets, parts = {base.fit_set, "test", *self._sets_of(row)}, {}
+        if base.needs_validation and "validation" in self.id_names:
+            sets.add("validation")
+        if row in self.tuned_rows:
+            sets |= {"validation", "tuning"}
+            tuning = self.config.tuning
+            parts = {"grid": tuning.grids[row.removesuffix(TUNED)], "metric": tuning.metric}
         return sha256_of_json(
             {
-                "experiment": [self.config.name, self.seed, detector.label, detector.hyperparameters()],
-                "banks": {name: self.bank(name).directory.name for name in sets},
-                "groups": self.ood_groups,
-                "metrics": self.config.metrics.model_dump(),
-                "code": _code_hash(type(detector)),
+                "row": [self._label(row), base.hyperparameters(), parts],
+                "banks": {name: self.bank(name).directory.name for name in sorted(sets)},
+                "code": _code_of(type(base)),
             }
         )
 
-    def _score(self, row: str) -> tuple[dict[str, np.ndarray], list[dict]]:
-        """Scores of every set and the rows of the results table, from disk when their fingerprint is there."""
-        path = self.seed_directory / "scores" / f"{row}.safetensors"
-        id_accuracy = self.id_accuracy  # the guard stops here, before anything is scored or read
-        fingerprint = self._score_fingerprint(row)
+    def _scored(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
+        """Scores of the ID test set and the OOD sets, and what they rest on and cost; computed once."""
+        _ = self.id_accuracy  # the guard stops here, before anything is scored or read
+        return self._kept(row, self._score_fingerprint(row), lambda: self._score(row))
+
+    def _score(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
+        detector = self.detector(row)
+        scores, seconds = {}, {}
+        for name in ("test", *self._sets_of(row)):
+            begin = time.perf_counter()
+            scores[name] = detector.score_samples(self._bank_for(detector, name)).cpu().numpy()
+            seconds[name] = time.perf_counter() - begin
+        leak = (
+            "" if detector.fit_set == "train" else f"fitted on the labelled ID {detector.fit_set} set, a leak"
+        )
+        facts = {
+            "hyperparameters": detector.hyperparameters(),
+            "tuned_on": detector.tuned_on or leak,
+            "extra_passes": detector.extra_passes,
+            "fit_seconds": self._fit_seconds.get(row),
+            "seconds": seconds,
+        }
+        return scores, facts
+
+    def _evaluated(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
+        """The bootstrap resamples {"fpr95/<set>": [R], "auroc/<set>": [R]} of a row and its lines of the results."""
+        parts = [self._score_fingerprint(row), self.config.name, self.seed, self.ood_groups]
+        parts += [self.config.metrics.model_dump(), [ood.name for ood in self.config.ood]]
+        fingerprint = sha256_of_json([*parts, _hash_of([metrics, results, sys.modules[__name__]])])
+        return self._kept(f"{row}.metrics", fingerprint, lambda: self._evaluate(row))
+
+    def _evaluate(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
+        scores, facts = self._scored(row)
+        order = [ood.name for ood in self.config.ood]  # its place decides a set's draws, whatever is missing
+        resamples, lines = {}, []
+        for name, group in self._sets_of(row).items():
+            drawn = metrics.resampled(
+                scores["test"],
+                scores[name],
+                resamples=self.config.metrics.bootstrap_resamples,
+                seed=self.seed,
+                ood_set=order.index(name),
+            )
+            intervals = {}
+            for metric, values in drawn.items():
+                resamples[f"{metric}/{name}"] = values
+                intervals[f"{metric}_lo"], intervals[f"{metric}_hi"] = metrics.interval(values)
+            lines.append(
+                {
+                    "experiment": self.config.name,
+                    "seed": self.seed,
+                    "method": self._label(row),
+                    "ood_set": name,
+                    "group": group,
+                    "n_id": len(scores["test"]),
+                    "n_ood": len(scores[name]),
+                    **metrics.evaluate(scores["test"], scores[name]),
+                    **intervals,
+                    "id_accuracy": self.id_accuracy,
+                    "score_seconds": facts["seconds"][name],
+                    "hyperparameters": json.dumps(facts["hyperparameters"]),
+                    "data_sha256": self._data_hash(name),
+                    "tuned_on": facts["tuned_on"],
+                    "fit_seconds": facts["fit_seconds"],
+                    "extra_passes": facts["extra_passes"],
+                }
+            )
+        return resamples, {"lines": lines}
+
+    def _kept(
+        self, name: str, fingerprint: str, compute: Callable[[], tuple[dict[str, np.ndarray], dict]]
+    ) -> tuple[dict[str, np.ndarray], dict]:
+        """Arrays and facts from scores/<name>.safetensors while their fingerprint is there, else computed and kept."""
+        path = self.seed_directory / "scores" / f"{name}.safetensors"
         if path.exists():
             try:
                 with safe_open(path, framework="np") as stored:
                     metadata = stored.metadata()
                     if metadata["fingerprint"] == fingerprint:
-                        names = ("test", *self.ood_groups)
-                        return {name: stored.get_tensor(name) for name in names}, json.loads(metadata["rows"])
+                        arrays = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+                        return arrays, json.loads(metadata["facts"])
             except SafetensorError:
                 print(f"{path} is damaged and computed anew.", file=sys.stderr)
-        detector = self.detector(row)
-        scores = {"test": detector.score_samples(self.bank("test")).cpu()}
-        rows = []
-        for ood_set, group in self.ood_groups.items():
-            begin = time.perf_counter()
-            scores[ood_set] = detector.score_samples(self.bank(ood_set)).cpu()
-            seconds = time.perf_counter() - begin
-            pair = scores["test"].numpy(), scores[ood_set].numpy()
-            values = metrics.evaluate(*pair)
-            resampled = metrics.bootstrap(
-                *pair,
-                resamples=self.config.metrics.bootstrap_resamples,
-                seed=self.seed,
-            )
-            intervals = {
-                f"{metric}_{end}": bound
-                for metric, bounds in resampled.items()
-                for end, bound in zip(("lo", "hi"), bounds)
-            }
-            rows.append(
-                {
-                    "experiment": self.config.name,
-                    "seed": self.seed,
-                    "method": detector.label,
-                    "ood_set": ood_set,
-                    "group": group,
-                    "n_id": len(pair[0]),
-                    "n_ood": len(pair[1]),
-                    **values,
-                    **intervals,
-                    "id_accuracy": id_accuracy,
-                    "score_seconds": seconds,
-                    "hyperparameters": json.dumps(detector.hyperparameters()),
-                    "data_sha256": self._data_hash(ood_set),
-                }
-            )
-        metadata = {"fingerprint": fingerprint, "rows": json.dumps(rows)}
+        arrays, facts = compute()
         with atomic_path(path) as temporary:
             save_file(
-                {name: value.contiguous() for name, value in scores.items()}, temporary, metadata=metadata
+                {key: np.ascontiguousarray(value) for key, value in arrays.items()},
+                temporary,
+                metadata={"fingerprint": fingerprint, "facts": json.dumps(facts)},
             )
-        return {name: value.numpy() for name, value in scores.items()}, rows
+        return arrays, facts
 
     def _data_hash(self, ood_set: str) -> str:
         """The first digits of a SHA-256 over the training, test and OOD images that a result rests on."""
@@ -465,16 +700,31 @@ class Experiment:
 
     def scores(self, row: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """ID test scores [N] and OOD set -> scores of a row's detector; higher = more in-distribution."""
-        scores = dict(self._score(row)[0])
-        return scores.pop("test"), scores
+        scores = self._scored(row)[0]
+        return scores["test"], {name: scores[name] for name in self._sets_of(row)}
 
     def results(self, rows: Sequence[str] | None = None) -> pd.DataFrame:
-        """The long-form results of some rows of the config (default: all), one line a method and OOD set."""
-        lines = [line for row in rows or self.detectors for line in self._score(row)[1]]
+        """The long-form results of some rows (default: all of the config and the tuned ones), a line a method and OOD set."""
+        rows = [*self.detectors, *self.tuned_rows] if rows is None else rows
+        lines = [line for row in rows for line in self._evaluated(row)[1]["lines"]]
         published = [
             results.published_values(self.config.published, line["method"], line["ood_set"]) for line in lines
         ]
         return pd.DataFrame([line | values for line, values in zip(lines, published)])[results.COLUMNS]
+
+    def resamples(self, metric: str = "fpr95", seeds: Iterable[int] | None = None) -> dict[str, np.ndarray]:
+        """Method -> one metric on bootstrap resamples, [sets, R] in percent, for the rows of the config, mean over seeds.
+
+        Every method is evaluated on the same resampled images, so differences between methods are paired.
+        """
+        runs = [self] if seeds is None else [self.with_seed(seed) for seed in seeds]
+        return {
+            self._label(row): np.mean(
+                [[run._evaluated(row)[0][f"{metric}/{name}"] for name in self.ood_groups] for run in runs],
+                axis=0,
+            )
+            for row in self.detectors
+        }
 
     def collect_results(self, seeds: Iterable[int] | None = None) -> pd.DataFrame:
         """The results of all methods and seeds, written to results.csv and returned."""
@@ -503,7 +753,7 @@ class Experiment:
 
         Only what is there is recorded; nothing is trained or passed for it.
         """
-        sets = [*self.id_names, *self.ood_groups]
+        sets = self.bank_names
         described = {
             name: {
                 "source": self.image_set(name).source,
@@ -517,20 +767,33 @@ class Experiment:
         trained = self.model_directory / "weights.safetensors"
         if self.config.backbone.training is not None and not trained.exists():
             return record
-        opened = {name: StoredBank.open(self._bank_directory(name)) for name in sets if name != "validation"}
+        opened = {name: StoredBank.open(self._bank_directory(name)) for name in sets}
         banks = {name: {"key": bank.directory.name, **bank.record} for name, bank in opened.items() if bank}
         record |= {"weights_sha256": weights_fingerprint(self.network), "banks": banks}
         return record | ({"id_accuracy": accuracy(opened["test"])} if opened["test"] else {})
 
 
-def _code_hash(detector_class: type[Detector]) -> str:
-    """SHA-256 over the code a score depends on, so that changed code is run again: detectors, features,
-    metrics, results, this file, and the module of a detector that stands outside this package."""
-    package = Path(__file__).parent
-    names = ("features", "metrics", "results", "pipeline")
-    files = [*sorted((package / "detectors").glob("*.py")), *(package / f"{name}.py" for name in names)]
-    try:
-        own = inspect.getsource(sys.modules[detector_class.__module__])
-    except (OSError, TypeError):  # defined in a notebook: its cells are no file, so never taken for unchanged
-        own = str(time.time_ns())
-    return sha256_of_json([sha256_of_file(file) for file in files] + [own])
+def _code_of(detector_class: type[Detector]) -> str:
+    """SHA-256 over the code a score depends on, so that changed code is run again: the detector's module, those of
+    this package's detectors that it imports, and the reading of banks."""
+    package, found = "ood_helpers.detectors.", {}
+    waiting = [sys.modules[detector_class.__module__]]
+    while waiting:
+        module = waiting.pop()
+        found[module.__name__] = module
+        names = {getattr(value, "__module__", None) or "" for value in vars(module).values()}
+        waiting += [sys.modules[name] for name in names if name.startswith(package) and name not in found]
+    return _hash_of([*(found[name] for name in sorted(found)), features])
+
+
+def _hash_of(modules: Iterable[ModuleType]) -> str:
+    texts = []
+    for module in modules:
+        try:
+            texts.append(inspect.getsource(module))
+        except (
+            OSError,
+            TypeError,
+        ):  # defined in a notebook: its cells are no file, so never taken for unchanged
+            texts.append(str(time.time_ns()))
+    return sha256_of_json(texts)

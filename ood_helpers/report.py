@@ -2,6 +2,7 @@
 
 import base64
 import importlib.metadata
+import itertools
 import json
 import platform
 import subprocess
@@ -13,7 +14,7 @@ import yaml
 from ood_helpers.config import PROJECT_ROOT, resolve_path
 from ood_helpers.files import sha256_of_file, write_json, write_text
 from ood_helpers.pipeline import Experiment
-from ood_helpers.results import METRICS, describe_table, html_table, read_results
+from ood_helpers.results import METRICS, defaults, describe_table, html_table, read_results, tuning_pairs
 from ood_helpers.runner import Outcome, Task
 
 PACKAGES = (
@@ -107,14 +108,16 @@ def write_report(
     tables = []
     if results_path.exists():
         results = read_results(results_path)
-        for metric in METRICS:
-            tables.append(
-                {
-                    "name": METRICS[metric][0],
-                    "html": html_table(results, metric, experiment.missing),
-                    "text": describe_table(results, metric, experiment.missing),
-                }
-            )
+        parts = {"": defaults(results), ", tuned": tuning_pairs(results)}
+        for (suffix, part), metric in itertools.product(parts.items(), METRICS):
+            if len(part):
+                tables.append(
+                    {
+                        "name": METRICS[metric][0] + suffix,
+                        "html": html_table(part, metric, experiment.missing),
+                        "text": describe_table(part, metric, experiment.missing),
+                    }
+                )
     published = experiment.config.published
     page = (
         jinja2.Environment(autoescape=True)

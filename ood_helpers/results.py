@@ -1,12 +1,16 @@
 """The long-form results table, the published values beside it, and its export."""
 
 import html
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy.stats import rankdata, studentized_range
 
+from ood_helpers import metrics
 from ood_helpers.config import PublishedConfig
 from ood_helpers.files import write_text
 
@@ -35,6 +39,10 @@ COLUMNS = [
     "published_auroc",
     "published_source",
     "data_sha256",
+    "fpr95_ood_positive",
+    "tuned_on",
+    "fit_seconds",
+    "extra_passes",
 ]
 METRICS = {"fpr95": ("FPR95", "lower is better"), "auroc": ("AUROC", "higher is better")}
 PUBLISHED_PATH = Path(__file__).with_name("published.csv")
@@ -76,15 +84,15 @@ def read_results(path: Path) -> pd.DataFrame:
 def wide_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Methods x OOD sets of one metric in percent, mean over seeds, with the mean of each group and of all sets.
 
-    Near sets come first; a mean over a group is a plain mean of its sets.
+    Near sets come first; a mean over a group is a plain mean of its sets, NaN when the method lacks one of them.
     """
     sets = ordered_sets(results)
     table = results.pivot_table(index="method", columns="ood_set", values=metric, sort=False)[list(sets)]
     for group in ("near", "far"):
         members = [name for name, its_group in sets.items() if its_group == group]
         if members:
-            table[f"mean {group}"] = table[members].mean(axis=1)
-    table["mean"] = table[list(sets)].mean(axis=1)
+            table[f"mean {group}"] = table[members].mean(axis=1, skipna=False)
+    table["mean"] = table[list(sets)].mean(axis=1, skipna=False)
     return table.reindex(results.method.unique())
 
 
@@ -101,11 +109,11 @@ def _cells(
     """The wide table as text: values with their interval, or with their spread over several seeds.
 
     The best value of each column, ties at the printed precision included, goes through `bold`; all texts go
-    through `escape`; a column that says so is added for each missing set.
+    through `escape`; a dagger marks the methods with `tuned_on`; a column that says so is added for each missing set.
     """
     table = wide_table(results, metric)
-    cells = table.map("{:.1f}".format)
-    printed = cells.astype(float)
+    cells = table.map(lambda value: "–" if np.isnan(value) else f"{value:.1f}")
+    printed = table.round(1)
     best = printed.eq(printed.min() if metric == "fpr95" else printed.max())
     for (method, ood_set), rows in results.groupby(["method", "ood_set"], sort=False):
         if rows[metric].nunique() > 1:
@@ -115,10 +123,17 @@ def _cells(
                 f" ({rows[f'{metric}_lo'].iloc[0]:.1f}–{rows[f'{metric}_hi'].iloc[0]:.1f})"
             )
     cells = cells.map(escape)
-    cells = cells.where(~best, cells.map(bold)).rename(index=escape, columns=escape)
+    daggers = {method: f"{method} †" for method in _tuned_on(results)}
+    cells = cells.where(~best, cells.map(bold)).rename(index=daggers).rename(index=escape, columns=escape)
     for name in missing:
         cells[escape(name)] = "missing"
     return cells
+
+
+def _tuned_on(results: pd.DataFrame) -> dict[str, str]:
+    """Method -> what its hyper-parameters were chosen on, for the methods whose were."""
+    tuned = results[results.tuned_on.notna() & (results.tuned_on != "")].drop_duplicates("method")
+    return dict(zip(tuned.method, tuned.tuned_on))
 
 
 def markdown_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = ()) -> str:
@@ -159,7 +174,7 @@ def latex_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = ())
 
 
 def _latex(text: str) -> str:
-    replacements = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$"}
+    replacements = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$", "†": r"$\dagger$"}
     replacements |= {character: "\\" + character for character in "&%$#_{}"}
     return "".join(replacements.get(character, character) for character in text)
 
@@ -172,13 +187,137 @@ def describe_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = 
     interval = "mean ± standard deviation over seeds" if varies else "95 % bootstrap interval"
     sizes = results.drop_duplicates("ood_set")
     sizes = ", ".join(f"{row.ood_set} {row.n_ood:,}" for row in sizes.itertuples())
+    by_choice: dict[str, list[str]] = {}
+    for method, choice in _tuned_on(results).items():
+        by_choice.setdefault(choice, []).append(method)
     text = (
         f"{name} in percent ({direction}), {interval}; experiment {results.experiment.iloc[0]}, "
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, "
         f"ID accuracy {results.id_accuracy.mean():.2f} %, {results.n_id.iloc[0]:,} ID images, OOD images: {sizes}."
     )
+    text += "".join(f" † {', '.join(methods)}: {choice}." for choice, methods in by_choice.items())
     missing = list(missing)
     return text + (f" Without {', '.join(missing)}: not found and skipped." if missing else "")
+
+
+def tuned_label(label: str) -> str:
+    """The name of the tuned row beside a row."""
+    return f"{label} (tuned)"
+
+
+def defaults(results: pd.DataFrame) -> pd.DataFrame:
+    """The results without the tuned rows that stand beside a row of the config."""
+    return results[~results.method.isin({tuned_label(method) for method in results.method})]
+
+
+def tuning_pairs(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of methods that have a tuned row, and those, on the OOD sets that the tuned ones are reported on.
+
+    A column is added: tuned (bool).
+    """
+    tuned = {method: tuned_label(method) for method in results.method.unique()}
+    tuned = {method: label for method, label in tuned.items() if label in set(results.method)}
+    is_tuned = results.method.isin(tuned.values())
+    sets = results[is_tuned].ood_set.unique()
+    pairs = results.assign(tuned=is_tuned)[
+        results.method.isin([*tuned, *tuned.values()]) & results.ood_set.isin(sets)
+    ]
+    order = {name: number for number, name in enumerate(name for pair in tuned.items() for name in pair)}
+    return pairs.sort_values("method", key=lambda names: names.map(order), kind="stable")
+
+
+def paired_differences(
+    results: pd.DataFrame, resamples: Mapping[str, np.ndarray], metric: str = "fpr95"
+) -> pd.DataFrame:
+    """Differences of the mean over OOD sets between every two methods, with paired bootstrap intervals.
+
+    Both methods are evaluated on the same resampled images, so what makes an image easy or hard for both cancels.
+
+    Parameters
+    ----------
+    results : the long-form table
+    resamples : method -> the metric on bootstrap resamples [sets, R] in percent, see Experiment.resamples
+
+    Returns
+    -------
+    one line a pair, methods from best to worst: method_a (the better), method_b, difference (a - b, in points),
+    low, high (95 % interval; not corrected for the number of pairs)
+    """
+    means = wide_table(results, metric)["mean"][list(resamples)]
+    order = means.sort_values(ascending=metric == "fpr95", kind="stable").index
+    lines = []
+    for a, b in itertools.combinations(order, 2):
+        low, high = metrics.interval((resamples[a] - resamples[b]).mean(axis=0))
+        lines.append((a, b, means[a] - means[b], low, high))
+    return pd.DataFrame(lines, columns=["method_a", "method_b", "difference", "low", "high"])
+
+
+def rank_intervals(
+    results: pd.DataFrame, resamples: Mapping[str, np.ndarray], metric: str = "fpr95"
+) -> pd.DataFrame:
+    """Mean rank of each method over the OOD sets (1 = best, ties share their mean) with its bootstrap interval.
+
+    Parameters as for `paired_differences`.
+
+    Returns
+    -------
+    method, mean_rank, low, high (95 % interval over the images); best first
+    """
+    methods, sign = list(resamples), 1 if metric == "fpr95" else -1
+    values = wide_table(results, metric).loc[methods, list(ordered_sets(results))].to_numpy()
+    drawn = rankdata(sign * np.stack(list(resamples.values())), axis=0).mean(axis=1)
+    low, high = np.transpose([metrics.interval(ranks) for ranks in drawn])
+    ranks = rankdata(sign * values, axis=0).mean(axis=1)
+    table = pd.DataFrame({"method": methods, "mean_rank": ranks, "low": low, "high": high})
+    return table.sort_values("mean_rank", kind="stable", ignore_index=True)
+
+
+def cliques(ranks: pd.DataFrame, differences: pd.DataFrame) -> list[list[str]]:
+    """Runs of methods, neighbours by mean rank, of which no two differ: each paired interval contains 0.
+
+    Longest runs only, those of a single method left out.
+    """
+    order, equal = list(ranks.method), set()
+    for line in differences[(differences.low <= 0) & (differences.high >= 0)].itertuples():
+        equal |= {(line.method_a, line.method_b), (line.method_b, line.method_a)}
+    found: list[list[str]] = []
+    for start in range(len(order)):
+        stop = start + 1
+        while stop < len(order) and all((order[stop], other) in equal for other in order[start:stop]):
+            stop += 1
+        if stop - start > 1 and not (found and order[stop - 1] in found[-1]):
+            found.append(order[start:stop])
+    return found
+
+
+def nemenyi_distance(methods: int, sets: int) -> float:
+    """Critical difference of mean ranks at 5 %: q sqrt(k (k + 1) / (6 N)) for k methods on N sets.
+
+    q is the 95 % point of the studentised range of k groups over sqrt 2. Two methods whose mean ranks are
+    further apart differ on a population of OOD sets of which the N are a sample.
+
+    Source: Demsar, JMLR 7 (2006), section 3.2.2.
+    """
+    q = studentized_range.ppf(0.95, methods, np.inf) / np.sqrt(2)
+    return float(q * np.sqrt(methods * (methods + 1) / (6 * sets)))
+
+
+def costs(results: pd.DataFrame) -> pd.DataFrame:
+    """What each method costs beside the forward pass that fills the banks.
+
+    Returns
+    -------
+    method, fit_seconds (with tuning, where a method is tuned), seconds_per_10k (to score 10,000 images),
+    extra_passes (through the network for each image, forward or backward); means over seeds
+    """
+    groups = results.groupby("method", sort=False)
+    return pd.DataFrame(
+        {
+            "fit_seconds": groups.fit_seconds.mean(),
+            "seconds_per_10k": 10_000 * groups.score_seconds.sum() / groups.n_ood.sum(),
+            "extra_passes": groups.extra_passes.max(),
+        }
+    ).reset_index()
 
 
 def export_tables(

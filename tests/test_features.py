@@ -8,17 +8,20 @@ from torch import nn
 
 from ood_helpers.backbones import Classifier
 from ood_helpers.config import FeaturesConfig
-from ood_helpers.data import ImageSet, Transform
+from ood_helpers.data import ImageSet, Transform, image_batches
 from ood_helpers.errors import InputError
 from ood_helpers.features import (
     FeatureBank,
     Head,
+    ImageBank,
+    PixelNetwork,
     StoredBank,
     accuracy,
     activation_percentile,
     bank_key,
     class_means,
     extract,
+    pass_batch_size,
     resolve_device,
     shard_path,
 )
@@ -167,6 +170,111 @@ def test_a_file_under_its_final_name_is_always_complete(network, tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["bank.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
     assert set(load_file(shard_path(tmp_path, 0))) == {"features", "logits", "labels"}
+
+
+class Staged(Classifier):
+    """Modules whose output is changed in place, or which run twice; counts the passes that reach the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.activation = nn.ReLU(inplace=True)
+        self.second = nn.Conv2d(4, 5, 3, padding=1)
+        self.last = nn.Conv2d(5, 6, 3, stride=2)
+        self.head = nn.Linear(6, 3)
+        self.whole_passes = 0
+
+    def feature_map(self, images):
+        x = self.activation(self.second(self.activation(self.first(images))))
+        self.whole_passes += 1
+        return self.last(x)
+
+
+def bytes_of(images):
+    return torch.from_numpy(images.array).permute(0, 3, 1, 2)
+
+
+def test_a_network_of_pixels_gives_the_numbers_of_the_bank(tmp_path):
+    network, images, names = Staged(), image_set(), ("first", "activation", "second")
+    options = FeaturesConfig(batch_size=4, shard_size=8, taps=names)
+    bank = extract(network, images, TRANSFORM, tmp_path, options).load()
+    pixel_network, pixels = PixelNetwork(network, TRANSFORM), bytes_of(images) / 255
+    torch.testing.assert_close(pixel_network.logits(pixels), bank.logits)
+    for _ in range(2):  # the second time the pass ends early
+        for asked in (names, ("activation",), ("second", "features"), ("features",), ("head",)):
+            pooled = pixel_network.pooled(pixels, asked)
+            assert list(pooled) == list(asked)
+            for name, value in pooled.items():
+                known = {"features": bank.features, "head": bank.logits, **bank.taps}
+                torch.testing.assert_close(value, known[name])
+    with pytest.raises(InputError, match="no module 'third' to tap"):
+        pixel_network.pooled(pixels, ("third",))
+
+
+def test_a_pass_ends_at_the_last_module_that_is_needed():
+    network = Staged()
+    pixel_network, pixels = PixelNetwork(network, TRANSFORM), torch.rand(2, 3, 6, 6)
+    for asked, whole in (
+        (("first",), 0),
+        (("first", "last"), 1),
+        (("second",), 0),
+        (("first", "features"), 1),
+    ):
+        pixel_network.pooled(pixels, asked)
+        before = network.whole_passes
+        pixel_network.pooled(pixels, asked)
+        assert network.whole_passes - before == whole
+
+
+def test_a_network_of_pixels_has_input_gradients_only():
+    network = Staged().train()
+    pixel_network, pixels = PixelNetwork(network, TRANSFORM), torch.rand(2, 3, 6, 6, requires_grad=True)
+    assert not network.training
+    pooled = pixel_network.pooled(pixels, ("first", "second", "features"))
+    loss = pixel_network.logits(pixels).square().sum() + sum(
+        value.square().sum() for value in pooled.values()
+    )
+    loss.backward()
+    assert pixels.grad.abs().amax((1, 2, 3)).min() > 0
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_normalisation_of_pixels():
+    pixels = torch.stack([torch.zeros(3, 1, 1), torch.ones(3, 1, 1)])
+    mean, std = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+    transform = Transform(mean=tuple(m / 255 for m in mean), std=tuple(s / 255 for s in std))
+    normalised = PixelNetwork(Staged(), transform)._inputs(pixels)
+    torch.testing.assert_close(normalised, transform.normalise((255 * pixels).to(torch.uint8)))
+    expected = [[-1.988889, -1.980676, -1.707646], [2.058730, 2.125604, 2.115442]]
+    torch.testing.assert_close(normalised[:, :, 0, 0], torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_an_image_bank_pairs_every_shard_with_its_images(network, tmp_path):
+    images = image_set()
+    stored = extract(network, images, TRANSFORM, tmp_path, OPTIONS)
+    bank = ImageBank(
+        stored,
+        PixelNetwork(network, TRANSFORM),
+        lambda start, stop: image_batches(images, TRANSFORM, start, stop, 3),
+        "made",
+    )
+    assert len(bank) == 21
+    shards = list(bank.shards())
+    assert [len(shard) for shard in shards] == [8, 8, 5]
+    for shard, plain in zip(shards, stored.shards(), strict=True):
+        batches = list(shard.pixels())
+        assert [len(batch) for batch in batches] == ([3, 3, 2] if len(shard) == 8 else [3, 2])
+        torch.testing.assert_close(bank.network.logits(torch.cat(batches)), plain.logits)
+        assert torch.equal(shard.features, plain.features) and torch.equal(shard.labels, plain.labels)
+    assert torch.equal(
+        torch.cat([batch for shard in shards for batch in shard.pixels()]), bytes_of(images) / 255
+    )
+
+
+def test_the_batch_size_follows_the_device_unless_it_is_set():
+    assert pass_batch_size(FeaturesConfig(), "cpu") == 32
+    assert pass_batch_size(FeaturesConfig(), torch.device("cuda:0")) == 256
+    assert pass_batch_size(FeaturesConfig(batch_size=5), "cuda") == 5
 
 
 def sharded(features, labels=None, pieces=3):

@@ -1,9 +1,11 @@
 """Metrics against the hand-made vectors, scikit-learn and plain loops."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
@@ -97,6 +99,7 @@ def test_against_scikit_learn_on_tied_scores(seed):
     )
     id_rejected, ood_rejected, _ = roc_curve(1 - truth, -scores, drop_intermediate=False)
     expected = id_rejected[ood_rejected >= 0.95 - 1e-12][0]
+    assert result["fpr95_ood_positive"] == pytest.approx(100 * expected, abs=1e-10)
     assert metrics.fpr95_ood_positive(id_scores, ood_scores) == pytest.approx(expected, abs=1e-12)
 
 
@@ -122,9 +125,10 @@ def test_evaluate_gives_percent_of_the_single_functions():
     id_scores, ood_scores = tied_scores(3)
     for compat in (None, "oe", "dice"):
         result = metrics.evaluate(id_scores, ood_scores, compat=compat)
-        assert list(result) == ["fpr95", "auroc", "aupr_in", "aupr_out", "detection_error", "threshold95"]
+        percentages = ("auroc", "aupr_in", "aupr_out", "detection_error", "fpr95_ood_positive")
+        assert list(result) == ["fpr95", *percentages, "threshold95"]
         assert result["fpr95"] == 100 * metrics.fpr_at_tpr(id_scores, ood_scores, compat=compat)
-        for name in ("auroc", "aupr_in", "aupr_out", "detection_error"):
+        for name in percentages:
             assert result[name] == 100 * getattr(metrics, name)(id_scores, ood_scores), name
         assert result["threshold95"] == metrics.threshold_at_tpr(id_scores)
 
@@ -186,40 +190,162 @@ def test_empty_scores_and_wrong_settings_are_errors():
         metrics.delong_interval([1.0], [0.0, 2.0])
 
 
+def all_draws(images, resamples, stream=0, seed=0):
+    """How often each image is drawn, [resamples, images], in the order of `resampled`."""
+    chunks = range(math.ceil(resamples / metrics.CHUNK))
+    suffix = [seed] if stream == 0 else [seed, stream - 1]
+    draws = [metrics._draws(images, [min(stream, 1), chunk, *suffix]) for chunk in chunks]
+    return np.concatenate(draws)[:resamples]
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 1), (1, 30), (17, 1), (64, 64), (1017, 333)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_bootstrap_equals_a_plain_loop_over_the_same_draws(seed):
+def test_resamples_equal_a_plain_loop_over_the_same_draws(sizes, seed):
     id_scores, ood_scores = tied_scores(seed + 20)
-    counts = metrics._group(id_scores, ood_scores)
+    if sizes is not None:
+        id_scores, ood_scores = np.resize(id_scores, sizes[0]), np.resize(ood_scores, sizes[1])
+    id_draws = all_draws(len(id_scores), 50, seed=seed)
+    ood_draws = all_draws(len(ood_scores), 50, stream=1, seed=seed)
     rates, areas = [], []
-    for id_counts, ood_counts in metrics._resampled_counts(counts, 150, seed):
-        for id_row, ood_row in zip(id_counts, ood_counts, strict=True):
-            assert id_row.sum() == len(id_scores) and ood_row.sum() == len(ood_scores)
-            drawn_id, drawn_ood = np.repeat(counts.scores, id_row), np.repeat(counts.scores, ood_row)
-            rates.append(metrics.fpr_at_tpr(drawn_id, drawn_ood))
-            areas.append(metrics.auroc(drawn_id, drawn_ood))
-    interval = metrics.bootstrap(id_scores, ood_scores, resamples=150, confidence=0.9, seed=seed)
-    assert len(rates) == 150
-    assert interval["fpr95"] == pytest.approx(tuple(100 * np.quantile(rates, [0.05, 0.95])), abs=1e-9)
-    assert interval["auroc"] == pytest.approx(tuple(100 * np.quantile(areas, [0.05, 0.95])), abs=1e-9)
+    for id_row, ood_row in zip(id_draws, ood_draws, strict=True):
+        drawn_id, drawn_ood = np.repeat(id_scores, id_row), np.repeat(ood_scores, ood_row)
+        rates.append(100 * metrics.fpr_at_tpr(drawn_id, drawn_ood))
+        areas.append(100 * metrics.auroc(drawn_id, drawn_ood))
+    drawn = metrics.resampled(id_scores, ood_scores, resamples=50, seed=seed)
+    assert list(drawn) == ["fpr95", "auroc"]
+    np.testing.assert_allclose(drawn["fpr95"], rates, rtol=1e-14)
+    np.testing.assert_allclose(drawn["auroc"], areas, rtol=1e-14)
+    interval = metrics.bootstrap(id_scores, ood_scores, resamples=50, confidence=0.9, seed=seed)
+    assert interval["fpr95"] == pytest.approx(tuple(np.quantile(rates, [0.05, 0.95])), abs=1e-9)
+    assert interval["auroc"] == pytest.approx(tuple(np.quantile(areas, [0.05, 0.95])), abs=1e-9)
 
 
-def test_bootstrap_draws_only_scores_of_its_own_set_about_uniformly():
-    counts = metrics._group([1.0, 2.0, 2.0, 5.0], [2.0, 3.0])
-    drawn = list(metrics._resampled_counts(counts, 4000, 0))
-    id_mean = np.concatenate([block[0] for block in drawn]).mean(axis=0)
-    ood_mean = np.concatenate([block[1] for block in drawn]).mean(axis=0)
-    np.testing.assert_array_equal(counts.scores, [5, 3, 2, 1])
-    np.testing.assert_allclose(id_mean, [1, 0, 2, 1], atol=0.06)
-    np.testing.assert_allclose(ood_mean, [0, 1, 1, 0], atol=0.06)
+RATES = {"usual rate": None, "so high a rate that half of the resamples are replaced": 1.0}
 
 
-def test_bootstrap_depends_on_the_seed_but_not_on_order_or_block_size(monkeypatch):
+@pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
+@pytest.mark.parametrize("images", [5, 40, 700])
+def test_draws_are_multinomial(images, rate, monkeypatch):
+    """Of n draws a set of images with the share p gets Binomial(n, p), whichever images they are."""
+    if rate is not None:
+        table = metrics._poisson_table
+        monkeypatch.setattr(metrics, "_poisson_table", lambda _: table(rate))
+    draws = all_draws(images, 8000)
+    assert draws.shape == (8000, images)
+    np.testing.assert_array_equal(draws.sum(axis=1), images)
+    for members in (slice(1), slice(images - 1, images), slice(0, images // 2), slice(0, images, 2)):
+        of_set = draws[:, members]
+        expected = scipy.stats.binom(images, of_set.shape[1] / images)
+        # Cut where fewer than ten resamples are expected, as a chi-square test wants.
+        low, high = int(expected.ppf(10 / 8000)), int(expected.isf(10 / 8000))
+        found = np.bincount(of_set.sum(axis=1).clip(low, high) - low, minlength=high - low + 1)
+        probabilities = np.diff(expected.cdf(np.arange(low, high)), prepend=0, append=1)
+        assert scipy.stats.chisquare(found, 8000 * probabilities).pvalue > 1e-3, members
+    # Two images of one resample: negatively related, 4 sigma.
+    assert np.cov(draws[:, 0], draws[:, -1])[0, 1] == pytest.approx(-1 / images, abs=4 / math.sqrt(8000))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.03, 0.6, 0.996, 1.0])
+def test_sixteen_bits_decide_a_poisson_count_only_where_all_further_bits_agree(rate):
+    table, cumulative = metrics._poisson_table(rate)
+    np.testing.assert_allclose(
+        np.diff(cumulative, prepend=0), scipy.stats.poisson(rate).pmf(range(32)), atol=1e-15
+    )
+    low, high = np.arange(2**16) / 2**16, np.arange(1, 2**16 + 1) / 2**16
+    undecided = table >= metrics.UNDECIDED
+    count = table.astype(int) - metrics.UNDECIDED * undecided
+    below = np.concatenate([[0], cumulative])
+    assert (below[count] <= low).all()
+    assert (high[~undecided] <= cumulative[count[~undecided]]).all()
+    assert (high[undecided] > cumulative[count[undecided]]).all()
+    assert undecided.sum() <= 9
+
+
+def test_large_counts_are_as_frequent_as_they_should_be():
+    """8 and more draws of an image, 1 in 100,000, all lie in one cell of the table, which leaves them open."""
+    images = 100_000
+    frequencies = np.bincount(all_draws(images, 8 * metrics.CHUNK).ravel())
+    assert frequencies[9] > 0
+    expected = scipy.stats.binom(images, 1 / images).pmf(range(8)) * frequencies.sum()
+    found = [*frequencies[:8], frequencies[8:].sum()]
+    assert scipy.stats.chisquare(found, [*expected, frequencies.sum() - expected.sum()]).pvalue > 1e-3
+
+
+def test_resamples_of_two_methods_are_paired():
+    random = np.random.default_rng(0)
+    id_scores, ood_scores = random.normal(1, 1, 600), random.normal(0, 1, 500)
+    first = metrics.resampled(id_scores, ood_scores)
+    same = metrics.resampled(
+        np.exp(id_scores).astype(np.float32), torch.from_numpy(np.exp(ood_scores)).float()
+    )
+    similar = metrics.resampled(id_scores + random.normal(0, 0.05, 600), ood_scores)
+    for metric in ("fpr95", "auroc"):
+        np.testing.assert_array_equal(same[metric], first[metric])
+        low, high = metrics.interval(first[metric] - similar[metric])
+        unpaired = metrics.interval(first[metric] - similar[metric][::-1])
+        assert high - low < 0.5 * (unpaired[1] - unpaired[0])
+
+
+def test_id_draws_do_not_depend_on_the_ood_set_nor_ood_draws_on_the_id_set():
+    """Against a constant the AUROC tells only how the other set was drawn."""
+    scores = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], size=300)
+
+    def of_id(n_ood, **options):
+        return metrics.resampled(scores, np.zeros(n_ood), resamples=100, **options)["auroc"]
+
+    def of_ood(n_id, **options):
+        return metrics.resampled(np.zeros(n_id), scores, resamples=100, **options)["auroc"]
+
+    np.testing.assert_array_equal(of_id(20), of_id(300))
+    np.testing.assert_array_equal(of_id(20), of_id(50, ood_set=7))
+    np.testing.assert_array_equal(of_ood(20, ood_set=2), of_ood(300, ood_set=2))
+    independent = [100 - of_id(300), of_ood(300), of_ood(300, ood_set=1), of_ood(300, ood_set=2)]
+    independent += [of_ood(300, seed=1), of_ood(300, seed=1, ood_set=1)]
+    correlation = np.corrcoef(independent) - np.eye(len(independent))
+    assert np.abs(correlation).max() < 0.4  # four standard deviations of 100 independent pairs
+
+
+def test_resamples_depend_on_the_seed_but_not_on_threads_block_size_or_their_number(monkeypatch):
     id_scores, ood_scores = tied_scores(31)
-    expected = metrics.bootstrap(id_scores, ood_scores, resamples=200, seed=4)
-    assert metrics.bootstrap(id_scores[::-1], ood_scores[::-1], resamples=200, seed=4) == expected
-    assert metrics.bootstrap(id_scores, ood_scores, resamples=200, seed=5) != expected
+    expected = metrics.resampled(id_scores, ood_scores, resamples=200, seed=4)["auroc"]
+    assert len(expected) == 200 and expected.dtype == np.float64
+
+    def auroc(resamples=200, seed=4):
+        return metrics.resampled(id_scores, ood_scores, resamples, seed)["auroc"]
+
+    assert (auroc(seed=5) != expected).mean() > 0.9
+    np.testing.assert_array_equal(auroc(resamples=37), expected[:37])
+    np.testing.assert_array_equal(auroc(resamples=1), expected[:1])
+    monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", 1000)
+    np.testing.assert_array_equal(auroc(), expected)
     monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", 1)
-    assert metrics.bootstrap(id_scores, ood_scores, resamples=200, seed=4) == expected
+    monkeypatch.setattr(metrics, "THREADED_FROM", 0)
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        np.testing.assert_array_equal(auroc(), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("n_id", "n_ood", "threads"), [(100_000, 100_000, 2), (200_000, 2000, 1), (30_000, 300_000, 3)]
+)
+def test_memory_of_resamples_is_as_documented(n_id, n_ood, threads, dtype, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    random = np.random.default_rng(0)
+    id_scores, ood_scores = random.normal(1, 1, n_id).astype(dtype), random.normal(0, 1, n_ood).astype(dtype)
+    tracemalloc.start()
+    metrics.resampled(id_scores, ood_scores, resamples=4 * threads * metrics.CHUNK)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    total = n_id + n_ood
+    assert peak < 32 * total + threads * (16 * total + 16 * max(2**18, total))
+
+
+def test_interval_is_that_of_percentiles():
+    assert metrics.interval(range(101)) == pytest.approx((2.5, 97.5))
+    assert metrics.interval(np.arange(100, -1, -1), confidence=0.8) == pytest.approx((10, 90))
+    with pytest.raises(InputError, match="confidence is 1"):
+        metrics.interval([1.0], confidence=1)
 
 
 def test_bootstrap_agrees_with_delong():

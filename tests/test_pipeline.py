@@ -1,5 +1,7 @@
 """Experiments: the stages, what is kept, the guards, and interruption at any point."""
 
+import inspect
+import json
 import os
 import random
 import signal
@@ -14,12 +16,20 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from ood_helpers import pipeline
 from ood_helpers.config import CONFIG_DIRECTORY, PROJECT_ROOT
+from ood_helpers.detectors import DETECTORS
 from ood_helpers.errors import InputError, MissingDataError
 from ood_helpers.features import shard_path
 from ood_helpers.pipeline import Experiment
 from ood_helpers.results import COLUMNS
 
+TIMES = ["score_seconds", "fit_seconds"]
+METHODS = [
+    "MSP", "MaxLogit", "Energy", "GEN", "KL matching", "ODIN", "GradNorm", "Mahalanobis", "Mahalanobis (ensemble)",
+    "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe",
+    "ReAct (tuned)", "LINe (tuned)",
+]  # fmt: skip
 SMALL = [
     "backbone.training.epochs=2",
     "backbone.depth=10",
@@ -27,6 +37,9 @@ SMALL = [
     "backbone.expected_accuracy=null",
     "metrics.bootstrap_resamples=50",
     "features.shard_size=64",
+    "mahalanobis_ensemble.noise_grid=[0.0, 0.001]",
+    "tuning.images.count=100",
+    "tuning.grids={react: {percentile: [70.0, 99.0]}, line: {delta: [0.5, null], weight_percentile: [10, 90]}}",
     *(f"ood.{name}.images.count=80" for name in ("letters", "chimeras", "photographs", "textures", "noise")),
 ]
 
@@ -48,10 +61,15 @@ def finished(tmp_path_factory):
 def test_every_method_has_a_row_for_every_set(finished):
     _, table = finished
     assert list(table.columns) == COLUMNS
-    assert list(table.method.unique()) == [
-        "MSP", "MaxLogit", "Energy", "ReAct", "DICE", "HIMPLoS", "HIM only", "PLoS only", "LINe",
-    ]  # fmt: skip
-    assert table.groupby("method").ood_set.nunique().eq(5).all()
+    assert list(table.method.unique()) == METHODS
+    tuned = table.method.str.endswith("(tuned)")
+    assert table[~tuned].groupby("method").ood_set.nunique().eq(5).all()
+    assert set(table[tuned].ood_set) == {
+        "letters",
+        "photographs",
+        "textures",
+        "noise",
+    }  # chimeras are related
     assert (table.fpr95_lo <= table.fpr95).all() and (table.fpr95 <= table.fpr95_hi).all()
     assert (table.auroc_lo <= table.auroc).all() and (table.auroc <= table.auroc_hi).all()
     assert table.n_id.eq(600).all() and table.n_ood.eq(80).all()
@@ -70,9 +88,7 @@ def test_a_second_run_reads_what_is_there(finished, monkeypatch):
 def test_the_same_seed_gives_the_same_table_from_nothing(finished, tmp_path):
     _, table = finished
     again = small(tmp_path).results()
-    pd.testing.assert_frame_equal(
-        again.drop(columns="score_seconds"), table.drop(columns="score_seconds"), check_exact=True
-    )
+    pd.testing.assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES), check_exact=True)
 
 
 def test_another_seed_trains_another_network(finished):
@@ -104,8 +120,127 @@ def test_the_record_trains_and_passes_nothing(finished, tmp_path):
     assert "banks" not in small(tmp_path).record()
     assert not (tmp_path / "runs" / "models").exists()
     record = small(finished[0]).record()
-    assert set(record["banks"]) == {"train", "test", *small(finished[0]).ood_groups}
+    sets = {"train", "validation", "test", "tuning", *small(finished[0]).ood_groups}
+    assert set(record["banks"]) == sets
     assert record["id_accuracy"] == small(finished[0]).id_accuracy
+
+
+def test_tuning_sees_the_validation_images_and_the_outliers_only(finished, monkeypatch):
+    run = small(finished[0])
+    run.detector("react")
+    asked, bank = set(), run.bank
+    monkeypatch.setattr(run, "bank", lambda name: asked.add(name) or bank(name))
+    table = run.tune("react")
+    assert asked == {"validation", "tuning"}
+    assert table.percentile.tolist() == [70.0, 99.0] and table.chosen.sum() == 1
+    assert table.auroc[table.chosen].item() == table.auroc.max()
+
+
+def test_a_tuned_row_is_the_detector_with_the_chosen_values(finished):
+    folder, table = finished
+    run = small(folder)
+    best = run.tune("line").query("chosen").iloc[0]
+    row = table[table.method == "LINe (tuned)"].iloc[0]
+    chosen = json.loads(row.hyperparameters)
+    assert {name: chosen[name] for name in ("delta", "weight_percentile")} == {
+        "delta": best.delta,
+        "weight_percentile": best.weight_percentile,
+    }
+    assert chosen["activation_percentile"] == 90.0  # not in the grid
+    assert row.tuned_on == "AUROC on 197 ID validation images against 100 of jigsaw digits"
+    run.detector("line").delta, run.detector("line").weight_percentile = best.delta, best.weight_percentile
+    by_hand = run.detector("line").score_samples(run.bank("letters"))
+    np.testing.assert_array_equal(run.scores("line_tuned")[1]["letters"], by_hand)
+    defaults = table[~table.method.str.endswith("(tuned)")]
+    assert defaults[defaults.tuned_on != ""].method.unique().tolist() == ["Mahalanobis (ensemble)"]
+
+
+def test_a_changed_grid_is_tuned_anew_and_nothing_else(finished):
+    folder, _ = finished
+    run = small(folder, "tuning.grids={line: {delta: [0.1]}}")
+    assert run.tuned_rows == ["line_tuned"]
+    assert json.loads(run.results(["line_tuned"]).hyperparameters.iloc[0])["delta"] == 0.1
+    assert "energy" not in run._fit_seconds and run.results(["energy"]) is not None
+    assert "energy" not in run._fit_seconds  # its scores are those on disk
+
+
+def test_a_sweep_scores_each_setting_and_leaves_the_detector_alone(finished):
+    folder, table = finished
+    run = small(folder)
+    swept = run.sweep("line", {"delta": [1.0, None], "weight_percentile": [90.0]})
+    assert swept.delta.tolist() == [1.0] * 5 + [None] * 5
+    expected = table[table.method == "LINe"]
+    assert swept.fpr95[:5].tolist() == expected.fpr95.tolist()
+    assert swept.auroc[5:].tolist() != swept.auroc[:5].tolist()
+    assert run.detector("line").delta == 1.0
+    with pytest.raises(InputError, match="LINe has no hyper-parameter 'delte'; did you mean 'delta'"):
+        run.sweep("line", {"delte": [1.0]})
+
+
+def test_sample_sizes_end_in_the_result_of_all_training_images(finished):
+    folder, table = finished
+    samples = small(folder).sample_size(["himplos", "energy"], [2, 1000], draws=2)
+    assert samples.groupby(["method", "images_per_class"]).draw.apply(list).map(tuple).eq((0, 1)).all()
+    for method in ("HIMPLoS", "Energy"):
+        expected = table[table.method == method].fpr95.mean()
+        found = samples[samples.method == method]
+        assert found[found.images_per_class == 1000].fpr95.tolist() == pytest.approx([expected] * 2, abs=0.3)
+    few = samples[(samples.method == "HIMPLoS") & (samples.images_per_class == 2)]
+    assert few.fpr95.nunique() == 2  # two draws, two sets of prototypes
+
+
+def test_resamples_are_the_ones_behind_the_intervals(finished):
+    folder, table = finished
+    run = small(folder)
+    resamples = run.resamples("auroc")
+    assert list(resamples) == METHODS[:-2] and resamples["LINe"].shape == (5, 50)
+    row = table[(table.method == "LINe") & (table.ood_set == "letters")].iloc[0]
+    low, high = np.quantile(resamples["LINe"][list(run.ood_groups).index("letters")], [0.025, 0.975])
+    assert (low, high) == pytest.approx((row.auroc_lo, row.auroc_hi))
+
+
+def test_a_wrong_grid_is_refused_before_anything_is_computed(tmp_path):
+    for grids, sentence in (
+        ("{react: {percentil: [3]}}", "did you mean 'percentile'"),
+        ("{react: {percentile: [300]}}", "percentile is 300"),
+        ("{raect: {percentile: [3]}}", "did you mean 'react'"),
+        ("{react: {percentile: []}}", "tuning.grids.react has no values"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            Experiment.open("digits", overrides=[f"tuning.grids={grids}"], run_dir=str(tmp_path))
+    with pytest.raises(InputError, match=r"tuning needs ID images of its own; add id\.validation"):
+        Experiment.open("digits", overrides=["id.validation=null"])
+    with pytest.raises(InputError, match="There is no grid for 'msp' in digits"):
+        Experiment.open("digits").tune("msp")
+
+
+def test_without_the_outliers_to_tune_on_there_are_no_tuned_rows(tmp_path):
+    source = ["tuning.images={source: npz, path: nowhere.npz}"]
+    folders = {"run_dir": str(tmp_path), "figures_dir": str(tmp_path)}
+    with pytest.raises(MissingDataError, match=r"nowhere\.npz"):
+        Experiment.open("digits", overrides=source, **folders).check_images()
+    run = Experiment.open("digits", overrides=source, **folders, skip_missing=True)
+    assert run.tuned_rows == [] and "tuning" not in run.bank_names
+    assert "jigsaw digits" in run.describe_image_sets().set_index("status").loc["missing, skipped", "set"]
+
+
+def test_a_method_that_tunes_itself_asks_for_validation_images(finished):
+    run = small(finished[0])
+    run.config = run.config.model_copy(update={"id": run.config.id.model_copy(update={"validation": None})})
+    with pytest.raises(InputError, match=r"found no validation bank.*add id\.validation"):
+        run.detector("mahalanobis_ensemble")
+
+
+def test_scores_rest_on_the_code_of_their_own_detector(monkeypatch):
+    code = {name: pipeline._code_of(DETECTORS[name]) for name in ("react", "line", "dice", "msp")}
+    assert len(set(code.values())) == 4
+    source = inspect.getsource
+    energy = sys.modules["ood_helpers.detectors.energy"]
+    monkeypatch.setattr(
+        "inspect.getsource", lambda module: source(module) + ("# changed" if module is energy else "")
+    )
+    changed = {name for name in code if pipeline._code_of(DETECTORS[name]) != code[name]}
+    assert changed == {"react", "line", "dice"}  # all but MSP score by the energy
 
 
 def test_scores_match_the_results(finished):
@@ -123,8 +258,8 @@ def test_a_damaged_score_file_is_computed_anew(finished):
     path = run.seed_directory / "scores" / "msp.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     pd.testing.assert_frame_equal(
-        run.results(["msp"]).drop(columns="score_seconds"),
-        table[table.method == "MSP"].reset_index(drop=True).drop(columns="score_seconds"),
+        run.results(["msp"]).drop(columns=TIMES),
+        table[table.method == "MSP"].reset_index(drop=True).drop(columns=TIMES),
     )
 
 
@@ -158,9 +293,7 @@ def test_killed_at_any_point_and_started_again_ends_in_the_same_table(finished, 
     for folder_of in (folder, tmp_path):
         assert (folder_of / "runs" / "digits" / "results.csv").exists()
     files = [pd.read_csv(f / "runs" / "digits" / "results.csv", dtype=str) for f in (folder, tmp_path)]
-    pd.testing.assert_frame_equal(
-        files[0].drop(columns="score_seconds"), files[1].drop(columns="score_seconds")
-    )
+    pd.testing.assert_frame_equal(files[0].drop(columns=TIMES), files[1].drop(columns=TIMES))
 
 
 # ---- wrong inputs: one sentence each, nothing lost --------------------------------------------------------
@@ -183,6 +316,7 @@ def npz_experiment(folder):
         name: {"source": "npz", "path": "${data_root}/" + f"{name}.npz"}
         for name in ("train", "test", "letters", "noise")
     }
+    del config["tuning"], config["detectors"]["mahalanobis_ensemble"]
     config |= {
         "name": "spoilt",
         "id": {"name": "digits", "num_classes": 10, "class_names": [str(i) for i in range(10)], "train": npz["train"], "test": npz["test"]},
@@ -230,7 +364,7 @@ def one_sentence(error) -> str:
 
 
 def test_the_npz_experiment_works_before_it_is_spoilt(spoilt):
-    assert len(spoilt[1]().collect_results()) == 9 * 2
+    assert len(spoilt[1]().collect_results()) == 19 * 2
 
 
 def test_permuted_labels_are_caught_by_the_accuracy_guard_before_anything_is_scored(spoilt):
@@ -354,7 +488,7 @@ def test_a_shard_cut_in_half_stops_the_run_and_costs_only_itself(spoilt):
     assert path.name in one_sentence(error)
     path.unlink()
     again = open_experiment().collect_results()
-    pd.testing.assert_frame_equal(again.drop(columns="score_seconds"), table.drop(columns="score_seconds"))
+    pd.testing.assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
 
 
 def test_unknown_rows_and_sets_name_the_nearest(finished):

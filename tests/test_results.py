@@ -1,5 +1,6 @@
 """The results table: published values, wide tables, export."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -8,11 +9,18 @@ from ood_helpers.config import load_config
 from ood_helpers.results import (
     COLUMNS,
     PUBLISHED_PATH,
+    cliques,
+    costs,
+    defaults,
     export_tables,
     latex_table,
     markdown_table,
+    nemenyi_distance,
+    paired_differences,
     published_values,
+    rank_intervals,
     read_results,
+    tuning_pairs,
     wide_table,
     write_results,
 )
@@ -101,6 +109,90 @@ def test_export_writes_three_formats_of_two_metrics(tmp_path):
         f"30_results_{metric}.{suffix}" for metric in ("fpr95", "auroc") for suffix in ("csv", "md", "tex")
     )
     assert "iSUN" in (tmp_path / "30_results_fpr95.csv").read_text()
+
+
+def test_a_method_without_a_set_has_a_dash_and_no_mean():
+    table = rows()
+    table = table[(table.method != "LINe") | (table.ood_set != "near_set")]
+    assert wide_table(table, "fpr95").loc["LINe"].isna().tolist() == [True, False, False, True, False, True]
+    line = markdown_table(table, "fpr95").splitlines()[3]
+    assert line.startswith("| LINe | – | **30.0") and line.endswith("| – |")
+
+
+def test_a_dagger_marks_what_was_tuned_and_says_on_what():
+    table = rows()
+    table.loc[table.method == "LINe", "tuned_on"] = "AUROC on 10 images"
+    text = markdown_table(table, "fpr95")
+    assert "| LINe † |" in text and "| MSP |" in text and "† LINe: AUROC on 10 images." in text
+    assert r"LINe $\dagger$" in latex_table(table, "fpr95")
+
+
+def with_tuned():
+    tuned = rows().query("method == 'LINe' and group == 'far'").assign(method="LINe (tuned)")
+    return pd.concat([rows(), tuned], ignore_index=True)
+
+
+def test_tuned_rows_stand_apart_and_are_compared_on_their_own_sets():
+    table = with_tuned()
+    assert defaults(table).method.unique().tolist() == ["MSP", "LINe"]
+    pairs = tuning_pairs(table)
+    assert pairs[["method", "tuned", "ood_set"]].to_numpy().tolist() == [
+        ["LINe", False, "far set"],
+        ["LINe", False, "far two"],
+        ["LINe (tuned)", True, "far set"],
+        ["LINe (tuned)", True, "far two"],
+    ]
+    assert len(tuning_pairs(rows())) == 0
+
+
+def drawn(seed=0, resamples=400):
+    """Resamples around the values of `rows`; what the methods share moves them by 5 points, what they do not by 0.1."""
+    generator = np.random.default_rng(seed)
+    shared = 5 * generator.standard_normal((3, resamples))
+    point = wide_table(rows(), "fpr95")[["near_set", "far set", "far two"]].to_numpy()
+    own = 0.1 * generator.standard_normal((2, 3, resamples))
+    return dict(zip(["MSP", "LINe"], point[:, :, None] + shared + own))
+
+
+def test_paired_differences_cancel_what_both_methods_share():
+    table = paired_differences(rows(), drawn(), "fpr95")
+    assert table[["method_a", "method_b"]].to_numpy().tolist() == [["MSP", "LINe"]]
+    line = table.iloc[0]
+    assert line.difference == pytest.approx(40 - 120.02 / 3)
+    assert line.low < line.difference < line.high and line.high - line.low < 0.5
+    unpaired = drawn()["MSP"].mean(0) - drawn(seed=1)["LINe"].mean(0)
+    assert np.ptp(np.quantile(unpaired, [0.025, 0.975])) > 5
+    best = paired_differences(rows(), drawn(), "auroc").iloc[0]
+    assert best.method_a == "MSP" and best.difference > 0  # the higher AUROC is the better
+
+
+def test_ranks_are_means_over_sets_with_an_interval_over_images():
+    table = rank_intervals(rows(), drawn(), "fpr95").set_index("method")
+    assert table.mean_rank.to_dict() == pytest.approx({"MSP": 4 / 3, "LINe": 5 / 3})
+    # near_set and far set are never in doubt; far two, 0.02 apart, is anyone's
+    assert table.loc["MSP", ["low", "high"]].tolist() == pytest.approx([4 / 3, 5 / 3])
+
+
+def test_cliques_are_runs_of_methods_of_which_no_two_differ():
+    order, equal = "abcde", {"ab", "bc", "ac", "cd", "de"}
+    ranks = pd.DataFrame({"method": list(order)})
+    pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
+    lines = [(a, b, -1 if a + b in equal else 0.5, 1) for a, b in pairs]
+    differences = pd.DataFrame(lines, columns=["method_a", "method_b", "low", "high"])
+    assert cliques(ranks, differences) == [list("abc"), list("cd"), list("de")]
+    assert cliques(ranks, differences.assign(low=0.5)) == []
+
+
+@pytest.mark.parametrize(("methods", "sets", "distance"), [(4, 14, 1.25), (2, 10, 0.62), (10, 5, 6.06)])
+def test_nemenyi_distance(methods, sets, distance):
+    """Demsar's own example, 4 methods on 14 sets, and q = 1.960 and 3.164 of his table 5a."""
+    assert nemenyi_distance(methods, sets) == pytest.approx(distance, abs=0.01)
+
+
+def test_costs_are_for_ten_thousand_images():
+    table = rows(seeds=(0, 1)).assign(score_seconds=0.5, fit_seconds=[1.0] * 6 + [3.0] * 6, extra_passes=3)
+    line = costs(table).set_index("method").loc["MSP"]
+    assert line.tolist() == pytest.approx([2.0, 2.5, 3])
 
 
 def test_published_values_are_found_only_for_the_same_network_and_set():

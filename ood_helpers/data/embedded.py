@@ -5,12 +5,14 @@ bitmaps (E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UC
 goes through that same count, so neither resolution nor the value range tells ID from OOD, and its mean ink
 is kept near that of the digits. All images are uint8 RGB [N, 8, 8, 3] with the values of LEVELS.
 
-Near OOD: letters, chimeras (halves of two digits). Far OOD: photographs, textures, noise.
+Near OOD: letters, chimeras (halves of two digits). Far OOD: photographs, textures, noise. To tune on: jigsaw
+(digits with their quarters exchanged).
 The generators are seeded; their exact pixels may differ between releases of numpy, Pillow and matplotlib,
 which the fingerprint of the set then shows.
 """
 
 from functools import cache
+from itertools import permutations
 from pathlib import Path
 
 import matplotlib
@@ -137,6 +139,19 @@ def chimeras(count: int, seed: int) -> np.ndarray:
     return _images(chimera)
 
 
+def jigsaw(count: int, seed: int) -> np.ndarray:
+    """Validation digits whose four quarters are put together in another order."""
+    generator = np.random.default_rng([seed, 6])
+    counts, _ = _digit_split("validation")
+    # [N, 2, 4, 2, 4] -> quarters [N, 4, 4, 4] and back
+    quarters = counts[generator.integers(len(counts), size=count)]
+    quarters = quarters.reshape(-1, 2, 4, 2, 4).swapaxes(2, 3).reshape(-1, 4, 4, 4)
+    orders = np.array([order for order in permutations(range(4)) if order != (0, 1, 2, 3)])
+    chosen = orders[generator.integers(len(orders), size=count)]
+    quarters = np.take_along_axis(quarters, chosen[:, :, None, None], axis=1)
+    return _images(quarters.reshape(-1, 2, 2, 4, 4).swapaxes(2, 3).reshape(-1, 8, 8))
+
+
 def photographs(count: int, seed: int) -> np.ndarray:
     """Patches of scikit-learn's two sample photographs at random scale, split at the patch's mean brightness.
 
@@ -205,6 +220,7 @@ def noise(count: int, seed: int) -> np.ndarray:
 GENERATORS = {
     "letters": letters,
     "chimeras": chimeras,
+    "jigsaw": jigsaw,
     "photographs": photographs,
     "textures": textures,
     "noise": noise,

@@ -62,13 +62,15 @@ def open_image_set(
 
 def _apply_subset(image_set: ImageSet, subset: config.Subset) -> ImageSet:
     total, labels = len(image_set), image_set.labels
-    asked = subset.first or subset.random or 0
+    after = subset.after or 0
+    asked = after + (subset.first or subset.random or bool(after))
     if asked > total:
         raise InputError(
             f"A subset of {asked:,} images was asked of {image_set.name}, which has {total:,}; lower it."
         )
-    if subset.first is not None:
-        rule, taken = f"the first {asked:,}", np.arange(asked)
+    if subset.first or subset.after:
+        taken = np.arange(after, asked if subset.first else total)
+        rule = f"the first {asked:,}" if not after else f"number {after + 1:,} to {after + len(taken):,}"
     elif subset.random is not None:
         rule = f"{asked:,} drawn with seed {subset.seed}"
         taken = np.sort(np.random.default_rng(subset.seed).choice(total, asked, replace=False))

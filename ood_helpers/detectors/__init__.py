@@ -12,8 +12,11 @@ from ood_helpers.detectors.dice import DICE
 from ood_helpers.detectors.energy import Energy, energy_score
 from ood_helpers.detectors.himplos import HIMPLoS
 from ood_helpers.detectors.line import LINe
+from ood_helpers.detectors.mahalanobis import Mahalanobis, MahalanobisEnsemble
 from ood_helpers.detectors.max_logit import MaxLogit
 from ood_helpers.detectors.msp import MSP
+from ood_helpers.detectors.odin import ODIN
+from ood_helpers.detectors.pytorch_ood import PREFIX, PyTorchOOD
 from ood_helpers.detectors.react import ReAct
 from ood_helpers.errors import InputError, nearest
 
@@ -21,11 +24,15 @@ __all__ = [
     "DETECTORS",
     "DICE",
     "MSP",
+    "ODIN",
     "Detector",
     "Energy",
     "HIMPLoS",
     "LINe",
+    "Mahalanobis",
+    "MahalanobisEnsemble",
     "MaxLogit",
+    "PyTorchOOD",
     "ReAct",
     "create",
     "create_all",
@@ -36,6 +43,9 @@ DETECTORS: dict[str, type[Detector]] = {
     "msp": MSP,
     "max_logit": MaxLogit,
     "energy": Energy,
+    "odin": ODIN,
+    "mahalanobis": Mahalanobis,
+    "mahalanobis_ensemble": MahalanobisEnsemble,
     "react": ReAct,
     "dice": DICE,
     "himplos": HIMPLoS,
@@ -44,12 +54,14 @@ DETECTORS: dict[str, type[Detector]] = {
 
 
 def create(name: str, **hyperparameters: Any) -> Detector:
-    """A detector by its name in `DETECTORS`, not yet fitted.
+    """A detector by its name in `DETECTORS`, or by one such as `pytorch_ood.KNN`, not yet fitted.
 
     Raises
     ------
     InputError : unknown name, unknown hyper-parameter, value out of range
     """
+    if str(name).startswith(PREFIX):
+        return PyTorchOOD(name.removeprefix(PREFIX), hyperparameters)
     if name not in DETECTORS:
         raise InputError(f"There is no detector {name!r}; {nearest(str(name), DETECTORS)}")
     known = [field.name for field in fields(DETECTORS[name])]

@@ -1,7 +1,9 @@
 """What every detector shares: hyper-parameters as dataclass fields, fit, score_samples, threshold, predict."""
 
-from collections.abc import Callable, Hashable
-from dataclasses import asdict, dataclass
+import copy
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import Any, ClassVar, Self
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ood_helpers import features as banks
-from ood_helpers.errors import InputError
+from ood_helpers.errors import InputError, nearest
 from ood_helpers.features import Bank, FeatureBank, Head
 from ood_helpers.metrics import threshold_at_tpr
 
@@ -33,7 +35,7 @@ class Detector:
     source: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        self.label = self.title
+        self.label, self.tuned_on = self.title, ""
         self._check()
 
     @property
@@ -107,6 +109,29 @@ class Detector:
     def predict(self, bank: Bank, threshold: float) -> Tensor:
         """+1 (in-distribution, score >= threshold) or -1 (out-of-distribution) for each sample, int64 [N]."""
         return torch.where(self.score_samples(bank) >= threshold, 1, -1)
+
+    def variants(self, grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[dict[str, Any], Self]]:
+        """Copies with every combination of hyper-parameter values, in the order of the grid; what was fitted is shared.
+
+        Yields
+        ------
+        ({hyper-parameter: value}, detector)
+
+        Raises
+        ------
+        InputError : unknown hyper-parameter, value out of range
+        """
+        known = [field.name for field in fields(self)]
+        for name in grid:
+            if name not in known:
+                hint = nearest(name, known) if known else "it has none."
+                raise InputError(f"{self.title} has no hyper-parameter {name!r}; {hint}")
+        for values in itertools.product(*grid.values()):
+            variant, settings = copy.copy(self), dict(zip(grid, values, strict=True))
+            for name, value in settings.items():
+                setattr(variant, name, value)
+            variant._check()
+            yield settings, variant
 
     def _fit(self, train_bank: Bank) -> None:
         """Learn what the method needs from the training bank; `head_` is set."""

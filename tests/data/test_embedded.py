@@ -102,6 +102,18 @@ def test_chimeras_join_test_digits_of_different_classes():
     assert 0.2 < np.mean(kinds) < 0.8, "both ways of joining"
 
 
+def test_jigsaws_are_validation_digits_in_another_order():
+    def quarters(image):
+        return sorted(image[y : y + 4, x : x + 4].tobytes() for y in (0, 4) for x in (0, 4))
+
+    digits = {image.tobytes(): quarters(image) for image in embedded.digits("validation")[0][..., 0]}
+    for image in embedded.jigsaw(50, 1)[..., 0]:
+        assert quarters(image) in digits.values()
+    assert (
+        sum(image.tobytes() in digits for image in embedded.jigsaw(500, 1)[..., 0]) < 10
+    )  # equal quarters
+
+
 def test_digits_as_image_set(cache):
     digits = open_image_set(
         EmbeddedImages(source="embedded", set="digits", split="test"), "digits", cache_dir=cache

@@ -78,6 +78,16 @@ def test_subset_first_is_a_slice_of_the_mapped_file(tmp_path, cache):
     assert np.array_equal(images.array, pictures()[:4]) and "the first 4 of 6" in images.source
 
 
+@pytest.mark.parametrize(
+    ("subset", "taken"), [({"after": 2}, [2, 3, 4, 5]), ({"after": 2, "first": 3}, [2, 3, 4])]
+)
+def test_subset_after_leaves_out_the_first(tmp_path, cache, subset, taken):
+    image_set = npz(tmp_path, cache, subset, images=pictures(), labels=np.arange(6))
+    assert image_set.labels.tolist() == taken
+    assert image_set.source.endswith(f"number 3 to {3 + len(taken) - 1} of 6")
+    assert np.array_equal(image_set.array, pictures()[taken])
+
+
 def test_subset_per_class_is_in_file_order(tmp_path, cache):
     labels = np.array([7, 2, 2, 7, 2, 7])
     images = npz(tmp_path, cache, {"per_class": 2}, images=pictures(), labels=labels)
@@ -98,7 +108,7 @@ def test_subset_random(tmp_path, cache):
 
 def test_subset_errors(tmp_path, cache):
     arrays = {"images": pictures(), "labels": np.array([0, 0, 0, 1, 1, 2])}
-    for subset in ({"first": 7}, {"random": 7}):
+    for subset in ({"first": 7}, {"random": 7}, {"after": 6}, {"after": 3, "first": 4}):
         with pytest.raises(InputError, match="subset of 7 images was asked of set, which has 6"):
             npz(tmp_path, cache, subset, **arrays)
     with pytest.raises(InputError, match="whose class 2 has 1"):
