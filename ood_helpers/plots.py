@@ -7,8 +7,9 @@ in the upper right corner of every figure. Arrays may be numpy arrays or tensors
 
 import functools
 import io
+import itertools
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from matplotlib.colors import Normalize, PowerNorm, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.files import atomic_path
 from ood_helpers.metrics import fpr_at_tpr
-from ood_helpers.results import METRICS, ordered_sets, wide_table
+from ood_helpers.results import METRICS, ordered_sets, tuned_label, wide_table
 
 WIDTH = 7.0  # inches: the text width of a page
 SCORE = "score (higher = more in-distribution)"
@@ -381,7 +383,7 @@ def score_grid(
     scores: method -> (ID scores [n], {OOD set -> scores [m]}); every method with the same sets.
     """
     methods, sets = list(scores), list(next(iter(scores.values()))[1])
-    figure = _new_figure(0.62 * len(methods) + 0.9, caption, title)
+    figure = _new_figure((0.62 if len(methods) <= 12 else 0.5) * len(methods) + 0.9, caption, title)
     grid = figure.subplots(len(methods), len(sets), squeeze=False, sharex="row", sharey="row")
     for row, method in enumerate(methods):
         id_scores = _array(scores[method][0])
@@ -400,7 +402,7 @@ def score_grid(
         grid[row, 0].set_ylim(top=1.6 * grid[row, 0].get_ylim()[1])
         grid[row, 0].set_ylabel(method, rotation=0, ha="right", va="center")
     for axes, name in zip(grid[0], sets):
-        axes.set_title(_set_title(name, groups, separator="\n"))
+        axes.set_title(_set_title(name, groups, "\n", letters=14))
     explanation = f"{SCORE} · blue: in-distribution · number: FPR95 (lower is better)"
     figure.supxlabel(explanation, fontsize=9)
     return figure
@@ -489,7 +491,7 @@ def logits_before_after(
         ticks = [f"{textwrap.fill(names[0], 12)}\n(ID)"]
         for index, name in enumerate(names[1:], start=1):
             gaps = [(np.median(v[0]) - np.median(v[index])) / max(v[0].std(), 1e-12) for v in samples]
-            heading = _set_title(textwrap.fill(name, 12), groups, "\n")
+            heading = _set_title(name, groups, "\n", letters=12)
             ticks.append(f"{heading}\ngap {gaps[0]:.1f} → {gaps[1]:.1f}")
         axes.set_xticks(range(len(names)), ticks)
         axes.set_ylabel(f"{label}\n(higher = more ID)")
@@ -573,23 +575,24 @@ def results_intervals(results: pd.DataFrame, *, caption: str, title: str = "") -
     """The results: FPR95 and AUROC of every method on every OOD set with their 95 % intervals, and the mean.
 
     results: the long-form table. Methods stand in the order of their mean FPR95, best first. With several
-    seeds a point is the mean over seeds, its bar the mean interval, and a tick marks each seed.
+    seeds a point is the mean over seeds, its bar the mean interval, and a tick marks each seed. A method that lacks a
+    set has no mean.
     """
     _require_results(results, ["fpr95", "fpr95_lo", "fpr95_hi", "auroc", "auroc_lo", "auroc_hi"])
     sets, methods = ordered_sets(results), _ordered_methods(results)
     several_seeds = results.groupby(["method", "ood_set"]).size().max() > 1
     lanes = len(sets) + 1
     lane = 0.8 / lanes
-    figure = _new_figure((0.078 * lanes + 0.07) * len(methods) + 1.2, caption, title)
+    height = (0.078 if len(methods) <= 12 else 0.054) * lanes + 0.07
+    figure = _new_figure(height * len(methods) + 1.2, caption, title)
     both = figure.subplots(1, 2, sharey=True)
     for axes, metric in zip(both, METRICS):
+        _method_rows(axes, methods, _metric_label(metric))
         for row, method in enumerate(methods):
             of_method = results[results.method == method]
-            if row % 2 == 0:
-                axes.axhspan(row - 0.5, row + 0.5, color="0.95", linewidth=0, zorder=0)
             means = []
             for index, (name, group) in enumerate(sets.items()):
-                rows = of_method[of_method.ood_set == name]
+                rows = of_method[(of_method.ood_set == name) & of_method[metric].notna()]
                 if len(rows) == 0:
                     continue
                 value, low, high = (rows[metric + end].mean() for end in ("", "_lo", "_hi"))
@@ -601,20 +604,10 @@ def results_intervals(results: pd.DataFrame, *, caption: str, title: str = "") -
                     axes.plot(rows[metric], np.full(len(rows), y), "|", **look, markersize=4)
                 axes.plot(value, y, **_set_marker(index, group), clip_on=False)
             y = row - 0.4 + (lanes - 0.5) * lane
-            axes.plot(np.mean(means), y, "D", color="black", markersize=5, clip_on=False)
-        axes.set_xlabel(_metric_label(metric))
-        axes.grid(True, axis="x", color="0.85")
-        axes.tick_params(axis="y", length=0, pad=7)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axes.set_ylim(len(methods) - 0.5, -0.5)
-    both[0].set_xlim(left=0)
-    both[1].set_xlim(right=100)
-    both[0].set_yticks(range(len(methods)), methods)
-    handles = [
-        _dot(_colour(index), _marker(index), f"{name} ({group})", **_set_marker(index, group))
-        for index, (name, group) in enumerate(sets.items())
-    ]
-    handles.append(_dot("black", "D", "mean of the sets"))
+            if len(means) == len(sets):
+                axes.plot(np.mean(means), y, "D", color="black", markersize=5, clip_on=False)
+        _end_at_best(axes, metric)
+    handles = [*_set_handles(sets), _dot("black", "D", "mean of the sets")]
     handles.append(Line2D([], [], color="0.3", linewidth=1.2, label="95 % interval"))
     if several_seeds:
         handles.append(_dot("0.3", "|", "one seed"))
@@ -633,92 +626,47 @@ def results_heatmap(results: pd.DataFrame, metric: str = "fpr95", *, caption: st
     table = wide_table(results, metric).loc[_ordered_methods(results)]
     if len(set(sets.values())) == 1:
         table = table.drop(columns=f"mean {next(iter(sets.values()))}")
-    values = table.to_numpy(dtype=float)
-    # a gap separates the sets from the means
-    positions = [column + (0.25 if column >= len(sets) else 0) for column in range(values.shape[1])]
-    height, width = max(0.27 * len(table) + 0.9, 1.9), min(WIDTH, 2.7 + 0.75 * values.shape[1])
-    figure = _new_figure(height, caption, title, width)
-    axes = figure.subplots()
-    lower_is_better = metric == "fpr95"
-    colours = colormaps["cividis_r" if lower_is_better else "cividis"]
-    norm = Normalize(np.nanmin(values), max(np.nanmax(values), np.nanmin(values) + 1))
-    rounded = np.round(values, 1)
-    best = np.nanmin(rounded, axis=0) if lower_is_better else np.nanmax(rounded, axis=0)
-    for row, column in np.ndindex(values.shape):
-        value, x = values[row, column], positions[column]
-        colour = colours(norm(value)) if np.isfinite(value) else "0.9"
-        axes.add_patch(Rectangle((x - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
-        if np.isfinite(value):
-            weight = "bold" if rounded[row, column] == best[column] else "normal"
-            look = {"ha": "center", "va": "center", "fontsize": 8, "color": _ink(colour)}
-            axes.text(x, row, f"{value:.1f}", **look, fontweight=weight)
-    axes.set(xlim=(-0.5, positions[-1] + 0.5), ylim=(len(table) - 0.5, -0.5))
-    names = [
-        textwrap.fill(name, 11) + f"\n({sets[name]})" if name in sets else name.replace(" ", "\n")
-        for name in table
-    ]
-    axes.set_xticks(positions, names)
-    axes.set_yticks(range(len(table)), table.index)
-    axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    axes.spines[:].set_visible(False)
-    label = _metric_label(metric).replace(", ", ",\n")
-    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=label, ticks=MaxNLocator(5), pad=0.02)
-    return figure
+    return _method_table(
+        table, sets, _metric_label(metric), metric == "fpr95", "{:.1f}".format, caption, title
+    )
 
 
 @_figure
 def ranking(results: pd.DataFrame, metric: str = "fpr95", *, caption: str, title: str = "") -> Figure:
     """Rank of each method on each OOD set (1 = best, ties share their mean rank), mean over seeds of the metric first.
 
-    results: the long-form table. The right end lists the methods by their mean rank.
+    results: the long-form table. Methods stand in the order of their mean rank; a method that lacks a set has no
+    rank there and no mean rank.
     """
     _require_results(results, [metric], metric)
     sets = ordered_sets(results)
     ranks = wide_table(results, metric)[list(sets)].rank(ascending=metric == "fpr95")
-    mean_rank = ranks.mean(axis=1).sort_values(kind="stable")
-    figure = _new_figure(max(0.27 * len(ranks) + 1.0, 2.2), caption, title)
-    axes = figure.subplots()
-    for place, (method, mean) in enumerate(mean_rank.items(), start=1):
-        colour = [ID_COLOUR, *COLOURS][(place - 1) % (1 + len(COLOURS))]
-        look = {"color": colour, "marker": _marker(place - 1), "markersize": 7, "clip_on": False}
-        axes.plot(range(len(sets)), ranks.loc[method], **look)
-        axes.plot(
-            [len(sets) - 1, len(sets)], [ranks.loc[method].iloc[-1], place], color=colour, linestyle=":"
-        )
-        axes.plot(len(sets), place, **look)
-        text = f"{method} ({mean:.1f})"
-        axes.annotate(text, (len(sets), place), (8, 0), textcoords="offset points", va="center")
-    axes.set_xlim(-0.2, len(sets) + 0.05)
-    axes.set_ylim(len(ranks) + 0.4, 0.6)
-    axes.set_yticks(range(1, len(ranks) + 1))
-    columns = [f"{textwrap.fill(name, 14)}\n({group})" for name, group in sets.items()]
-    axes.set_xticks(range(len(sets) + 1), [*columns, "order by\nmean rank"])
-    axes.set_ylabel(f"rank by {METRICS[metric][0]} (1 = best)")
-    axes.grid(True, axis="x")
-    return figure
+    ranks["mean rank"] = ranks.mean(axis=1, skipna=False)
+    ranks = ranks.sort_values("mean rank", kind="stable")
+    label = f"rank by {METRICS[metric][0]}, 1 = best"
+    return _method_table(ranks, sets, label, True, _rank_name, caption, title)
 
 
 @_figure
 def published_comparison(results: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
     """Measured FPR95 and AUROC (with 95 % interval) beside the published ones, method by method and set by set.
 
-    results: the long-form table; only rows with a published value are drawn, and a message when there is none.
+    results: the long-form table; only rows with a published value are drawn, and a message when there is none. More
+    than 40 pairs of a method and a set are shown as a table of measured - published.
     """
     published = [f"published_{metric}" for metric in METRICS]
     _require_results(results, ["fpr95", "fpr95_lo", "fpr95_hi", "auroc", "auroc_lo", "auroc_hi", *published])
     numeric = results.assign(**{column: pd.to_numeric(results[column]) for column in published})
     known = numeric[numeric[published].notna().any(axis=1)]
     if len(known) == 0:
-        figure = _new_figure(1.4, caption, title)
-        axes = figure.subplots()
-        axes.axis("off")
         message = "No published values for the methods and OOD sets of this experiment."
-        axes.text(0.5, 0.5, message, ha="center", va="center", transform=axes.transAxes)
-        return figure
+        return _message_figure(message, caption, title)
     sets, methods = ordered_sets(known), _ordered_methods(known)
     columns = [metric + end for metric in METRICS for end in ("", "_lo", "_hi")] + published
     means = known.groupby(["method", "ood_set"])[columns].mean()
     pairs = [(method, name) for method in methods for name in sets if (method, name) in means.index]
+    if len(pairs) > 40:
+        return _published_differences(means, sets, methods, caption, title)
     figure = _new_figure(0.17 * len(pairs) + 0.1 * len(methods) + 1.2, caption, title)
     both = figure.subplots(1, 2, sharey=True)
     # half a row between methods
@@ -743,8 +691,7 @@ def published_comparison(results: pd.DataFrame, *, caption: str, title: str = ""
         axes.set_ylim(rows[-1] + 0.8, -0.8)
         axes.tick_params(axis="y", length=0, pad=7)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    both[0].set_xlim(left=0)
-    both[1].set_xlim(right=100)
+        _end_at_best(axes, metric)
     both[0].set_yticks(rows, [name for _, name in pairs])
     for method in methods:
         own = [y for y, pair in zip(rows, pairs) if pair[0] == method]
@@ -756,6 +703,416 @@ def published_comparison(results: pd.DataFrame, *, caption: str, title: str = ""
         _dot(PUBLISHED_COLOUR, "D", "published", markerfacecolor="none"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
+
+
+@_figure
+def fpr_conventions(results: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """The two quantities that are printed as FPR95, mean over the OOD sets, and the rank of each method by both.
+
+    results: the long-form table with fpr95 (ID positive, as in the papers) and fpr95_ood_positive (OOD positive, as
+    in OpenOOD and pytorch-ood), percent. Methods stand in the order of fpr95, best first.
+    """
+    looks = {
+        "fpr95": {"marker": "o", "color": ID_COLOUR, "label": "fpr95: ID positive (the papers)"},
+        "fpr95_ood_positive": {
+            "marker": "D",
+            "color": PUBLISHED_COLOUR,
+            "markerfacecolor": "white",
+            "label": "fpr95_ood_positive: OOD positive (OpenOOD, pytorch-ood)",
+        },
+    }
+    _require_results(results, list(looks))
+    means = pd.DataFrame({name: wide_table(results, name)["mean"] for name in looks})
+    means = means.loc[_ordered_methods(results)]
+    ranks = means.rank()
+    figure = _new_figure(0.21 * len(means) + 1.15, caption, title)
+    axes = figure.subplots()
+    _method_rows(axes, means.index, "FPR95 (%), lower is better; mean of the OOD sets")
+    for row, method in enumerate(means.index):
+        _dumbbell(axes, row, means.loc[method], looks.values())
+        first, second = map(_rank_name, ranks.loc[method])
+        _margin_text(axes, row, first if first == second else f"{first} → {second}")
+    _margin_text(axes, -0.75, "rank")
+    axes.set_xlim(left=0)
+    handles = [Line2D([], [], linestyle="", markersize=5, **look) for look in looks.values()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
+
+
+@_figure
+def tuning_effect(results: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """What tuning changes: FPR95 and AUROC from default to tuned, on each OOD set and in the mean.
+
+    results: the rows of `results.tuning_pairs`: long-form with a column tuned (bool), two rows a method and OOD set.
+    Methods stand in the order of their tuned mean FPR95, best first.
+    """
+    _require_results(results, ["auroc", "tuned"])
+    results = results.assign(method=results.method.str.removesuffix(tuned_label("")))
+    sets, methods = ordered_sets(results), _ordered_methods(results[results.tuned])
+    lanes = len(sets) + 1
+    figure = _new_figure((0.07 * lanes + 0.08) * len(methods) + 1.2, caption, title)
+    for axes, metric in zip(figure.subplots(1, 2, sharey=True), METRICS):
+        _method_rows(axes, methods, _metric_label(metric))
+        by_set = results.groupby(["method", "ood_set", "tuned"])[metric].mean()
+        means = _mean_over_sets(results, ["method", "tuned"], metric)
+        for row, method in enumerate(methods):
+            pairs = [by_set.reindex([(method, name, tuned) for tuned in (False, True)]) for name in sets]
+            pairs.append(means.reindex([(method, False), (method, True)]))
+            for lane, pair in enumerate(pairs):
+                look, width = {"marker": "o", "color": _colour(lane), "markersize": 3}, 0.8
+                if lane == len(sets):
+                    look, width = {"marker": "D", "color": "black", "markersize": 4.5}, 1.6
+                y = row - 0.4 + 0.8 * (lane + 0.5) / lanes
+                looks = [look | {"markerfacecolor": "white"}, look]
+                _dumbbell(axes, y, pair, looks, look["color"], width)
+        _end_at_best(axes, metric)
+    handles = [
+        Line2D([], [], color=_colour(index), label=f"{name} ({group})")
+        for index, (name, group) in enumerate(sets.items())
+    ]
+    handles += [
+        Line2D([], [], color="black", label="mean of the sets"),
+        _dot("0.3", "o", "default", markerfacecolor="white"),
+        _dot("0.3", "o", "tuned"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+@_figure
+def near_far(results: pd.DataFrame, metric: str = "fpr95", *, caption: str, title: str = "") -> Figure:
+    """One metric, the mean over the near against the mean over the far OOD sets: a point a method.
+
+    results: the long-form table; with sets of one group only, a message says so. On the dotted line a method does
+    equally well on both.
+    """
+    _require_results(results, [metric], metric)
+    table = wide_table(results, metric)
+    if not {"mean near", "mean far"} <= set(table):
+        return _message_figure("This experiment has no near or no far OOD sets to compare.", caption, title)
+    points = table[["mean far", "mean near"]].dropna()
+    figure = _new_figure(4.6, caption, title)
+    axes = figure.subplots()
+    axes.plot(points["mean far"], points["mean near"], "o", color=ID_COLOUR, markersize=5)
+    axes.margins(0.12)
+    axes.axline((50, 50), slope=1, color="0.6", linestyle=":", linewidth=1, zorder=1)
+    for set_label, group in ((axes.set_xlabel, "far"), (axes.set_ylabel, "near")):
+        set_label(f"mean {_metric_label(metric).replace('(%)', f'on the {group} sets (%)')}")
+    axes.grid(True)
+    _label_points(figure, axes, points.to_numpy(), points.index)
+    return figure
+
+
+@_figure
+def method_cost(costs: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """Seconds to score 10,000 images and to fit, on a log scale; the passes that a method needs beyond the shared one.
+
+    costs: a row a method, columns method, fit_seconds, seconds_per_10k (beyond the forward pass that all share),
+    extra_passes (forward or backward passes an image, included in seconds_per_10k) and forward_seconds_per_10k (that
+    forward pass, one number). Methods stand in the order of seconds_per_10k, cheapest first.
+    """
+    columns = ["method", "fit_seconds", "seconds_per_10k", "extra_passes", "forward_seconds_per_10k"]
+    _require(costs, columns, "table of costs")
+    costs = costs.sort_values("seconds_per_10k", kind="stable")
+    forward = costs.forward_seconds_per_10k.iloc[0]
+    figure = _new_figure(0.21 * len(costs) + 1.15, caption, title)
+    labels = {"seconds_per_10k": "scoring 10,000 images (s)", "fit_seconds": "fit (s)"}
+    for axes, (column, label) in zip(
+        figure.subplots(1, 2, sharey=True, width_ratios=[1.6, 1]), labels.items()
+    ):
+        _method_rows(axes, costs.method.to_list(), f"{label}, log scale,\nlower is better")
+        known = [*costs[column][costs[column] > 0], *([forward] if column == "seconds_per_10k" else [])]
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        # bars on a log scale need a common start; the text of extra passes needs room
+        low, high = min(known, default=1), max(known, default=1)
+        axes.set_xlim(10 ** np.floor(np.log10(low) - 0.1), 8 * high)
+        axes.barh(range(len(costs)), costs[column], height=0.6, color=ID_COLOUR)
+    scoring = figure.axes[0]
+    scoring.axvline(forward, color="black", linestyle="--", linewidth=1)
+    for row, (seconds, passes) in enumerate(zip(costs.seconds_per_10k, costs.extra_passes)):
+        if passes:
+            text = f"+{passes:.0f} pass{'es' if passes > 1 else ''}"
+            place = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            scoring.annotate(text, (seconds, row), (3, 0), **place)
+    handles = [
+        Line2D(
+            [], [], color="black", linestyle="--", linewidth=1, label=f"forward pass, shared: {forward:.3g} s"
+        ),
+        Patch(facecolor=ID_COLOUR, label="beyond it; +n passes: more passes through the network, included"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
+
+
+@_figure
+def sweep_curves(
+    sweep: pd.DataFrame,
+    parameter: str,
+    *,
+    caption: str,
+    title: str = "",
+    default: Any = None,
+    label: str = "",
+    log: bool = False,
+    panels: str | None = None,
+) -> Figure:
+    """FPR95 and AUROC against a hyper-parameter, on each OOD set and in the mean; the default is marked.
+
+    sweep: columns `parameter` (numbers; None = off), ood_set, group, fpr95, auroc in percent; default: the default
+    value, None where it is off, or panel -> default value; label: the axis name, `parameter` unless given; panels: a
+    column of which each value gets a row of panels.
+    """
+    _require(
+        sweep,
+        [parameter, "ood_set", "group", *METRICS, *([panels] if panels else [])],
+        f"sweep of {parameter}",
+    )
+    sweep = _with_off(sweep, [parameter])
+    sets = ordered_sets(sweep)
+    names = sweep[panels].unique() if panels else [None]
+    defaults = default if isinstance(default, Mapping) else dict.fromkeys(names, default)
+    marked = {name: value for name, value in defaults.items() if value is not None}
+    places = _value_places([*sweep[parameter], *marked.values()], parameter, log)
+    if "off" in places:
+        marked = dict.fromkeys(names, "off") | marked
+    height = 2.3 if len(names) == 1 else 1.5
+    figure = _new_figure(height * len(names) + 0.8, caption, title)
+    grid = figure.subplots(len(names), 2, squeeze=False, sharex=True, sharey="col")
+    for name, row in zip(names, grid):
+        rows = sweep if panels is None else sweep[sweep[panels] == name]
+        for axes, metric in zip(row, METRICS):
+            curves = rows.pivot_table(index=parameter, columns="ood_set", values=metric, sort=False)
+            curves = curves.reindex([value for value in places if value in curves.index])
+            for index, (ood_set, group) in enumerate(sets.items()):
+                if ood_set in curves:
+                    look = _set_marker(index, group) | {"linewidth": 1.1}
+                    _value_line(axes, places, curves[ood_set], **look)
+            if len(sets) > 1:
+                look = {"color": "black", "marker": "D", "markersize": 4, "linewidth": 2}
+                _value_line(axes, places, curves.mean(axis=1), **look)
+            if name in marked:
+                axes.axvline(places[marked[name]], color="black", linestyle="--", linewidth=1, zorder=1)
+            axes.set_title(name or "")
+            axes.set_ylabel(_metric_label(metric).replace(", ", ",\n"))
+            axes.grid(True)
+    for axes in grid[-1]:
+        axes.set_xlabel(label or parameter)
+        _value_ticks(axes.xaxis, places, inches=2.5)
+    handles = _set_handles(sets)
+    if len(sets) > 1:
+        handles.append(_dot("black", "D", "mean of the sets"))
+    if marked:
+        handles.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="default"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+@_figure
+def sweep_heatmap(
+    sweep: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    caption: str,
+    title: str = "",
+    metric: str = "fpr95",
+    default: tuple[Any, Any] | None = None,
+    labels: tuple[str, str] | None = None,
+) -> Figure:
+    """One metric, mean over the OOD sets, over two hyper-parameters; best in bold, the default framed.
+
+    sweep: columns `x`, `y` (numbers; None = off), ood_set and the metric in percent; default: (x, y), None where it is
+    off, framed if it was tried; labels: the two axis names, `x` and `y` unless given.
+    """
+    _check_metric(metric)
+    _require(sweep, [x, y, "ood_set", metric], f"sweep of {x} and {y}")
+    sweep = _with_off(sweep, [x, y])
+    columns, rows = _ordered_values(sweep[x]), _ordered_values(sweep[y])
+    means = _mean_over_sets(sweep, [y, x], metric)
+    values = np.array([[means.get((row, column), np.nan) for column in columns] for row in rows], dtype=float)
+    width = min(WIDTH, 2.3 + 0.55 * len(columns))
+    figure = _new_figure(max(0.3 * len(rows) + 0.9, 2.0), caption, title, max(width, 4.0))
+    axes = figure.subplots()
+    label = f"mean {_metric_label(metric)}"
+    _value_cells(
+        figure, axes, values, range(len(columns)), "{:.1f}".format, label, metric == "fpr95", best_of=None
+    )
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(-0.5, len(rows) - 0.5))
+    x_label, y_label = labels or (x, y)
+    axes.set_xticks(range(len(columns)), [_value_name(value) for value in columns])
+    axes.set_yticks(range(len(rows)), [_value_name(value) for value in rows])
+    axes.set(xlabel=x_label, ylabel=y_label)
+    framed = default and tuple("off" if value is None else value for value in default)
+    if framed and framed[::-1] in means.index:
+        corner = (columns.index(framed[0]) - 0.5, rows.index(framed[1]) - 0.5)
+        frame = {"facecolor": "none", "edgecolor": PUBLISHED_COLOUR, "linewidth": 2, "clip_on": False}
+        axes.add_patch(Rectangle(corner, 1, 1, **frame))
+        figure.legend(handles=[Patch(**frame, label="default")], loc="outside lower center")
+    return figure
+
+
+@_figure
+def sensitivity(
+    sweeps: Mapping[str, pd.DataFrame], *, caption: str, title: str = "", metric: str = "fpr95"
+) -> Figure:
+    """How much each method depends on its main hyper-parameter: the mean of a metric at every value that was tried.
+
+    sweeps: method -> columns parameter (its name), value (number; None = off), is_default (bool), ood_set and the
+    metric in percent. The method that depends most on its hyper-parameter stands on top.
+    """
+    _check_metric(metric)
+    means = {}
+    for method, sweep in sweeps.items():
+        _require(sweep, ["parameter", "value", "is_default", "ood_set", metric], f"sweep of {method}")
+        means[method] = _mean_over_sets(_with_off(sweep, ["value"]), ["value"], metric)
+    methods = sorted(means, key=lambda method: -np.ptp(means[method]))
+    figure = _new_figure(0.24 * len(methods) + 1.2, caption, title)
+    axes = figure.subplots()
+    _method_rows(axes, methods, f"mean {_metric_label(metric)}")
+    colours = colormaps["viridis_r"]
+    for row, method in enumerate(methods):
+        tried, sweep = means[method], _with_off(sweeps[method], ["value"])
+        axes.plot([tried.min(), tried.max()], [row, row], color="0.7", linewidth=1.5, zorder=1)
+        best = tried.min() if metric == "fpr95" else tried.max()
+        axes.plot(best, row, "o", markersize=9, markerfacecolor="none", markeredgecolor=PUBLISHED_COLOUR)
+        values = _ordered_values(tried.index)
+        numbers = [value for value in values if value != "off"]
+        for place, value in enumerate(values):
+            colour = "white" if value == "off" else colours(place / max(len(numbers) - 1, 1))
+            look = {"color": colour, "markersize": 5, "markeredgecolor": "0.4", "markeredgewidth": 0.4}
+            axes.plot(tried[value], row, "o", **look)
+        for value in set(sweep.value[sweep.is_default]):
+            axes.plot(tried[value], row, "|", color="black", markersize=12, markeredgewidth=1.8, zorder=3)
+        ends = " … ".join(map(_value_name, [*numbers[:1], *numbers[1:][-1:]]))
+        off = ["off"] if "off" in values else []
+        _margin_text(axes, row, f"{sweep.parameter.iloc[0]} {', '.join([ends, *off])}")
+    handles = [
+        _dot(colours(0.0), "o", "lowest"),
+        _dot(colours(0.5), "o", "middle"),
+        _dot(colours(1.0), "o", "highest value"),
+        _dot("white", "o", "off", markeredgecolor="0.4"),
+        _dot("black", "|", "default", markersize=11, markeredgewidth=1.8),
+        _dot(PUBLISHED_COLOUR, "o", "best value", markerfacecolor="none", markersize=9),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, columnspacing=1.2)
+    return figure
+
+
+@_figure
+def sample_size(table: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """FPR95 and AUROC against the number of training images a class: mean and range over the draws of them.
+
+    table: columns method, images_per_class, draw, fpr95 and auroc (percent, means over the OOD sets).
+    """
+    _require(table, ["method", "images_per_class", "draw", *METRICS], "table of sample sizes")
+    methods = list(table.method.unique())
+    figure = _new_figure(3.0 + 0.17 * -(-len(methods) // 4), caption, title)
+    places = _value_places(table.images_per_class, "images_per_class", log=True)
+    for axes, metric in zip(figure.subplots(1, 2), METRICS):
+        for index, method in enumerate(methods):
+            draws = table[table.method == method].groupby("images_per_class")[metric]
+            means, x = draws.mean(), [places[size] for size in draws.groups]
+            colour = [ID_COLOUR, *COLOURS][index % (1 + len(COLOURS))]
+            look = {"color": colour, "marker": _marker(index), "markersize": 4}
+            look["linestyle"] = "-" if index <= len(COLOURS) else "--"
+            axes.fill_between(x, draws.min(), draws.max(), color=colour, alpha=0.15, linewidth=0)
+            axes.plot(x, means, **look, label=method if axes is figure.axes[0] else None)
+        axes.set_ylabel(_metric_label(metric).replace(", ", ",\n"))
+        axes.set_xlabel("training images a class (log scale)")
+        _value_ticks(axes.xaxis, places, inches=2.7)
+        axes.grid(True)
+    handles = figure.axes[0].get_legend_handles_labels()[0]
+    handles.append(Patch(facecolor="0.3", alpha=0.25, linewidth=0, label="range over the draws"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+@_figure
+def paired_differences(differences: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """Differences in mean FPR95 between every two methods; grey where the interval contains 0.
+
+    differences: columns method_a, method_b, difference, low, high: FPR95 of a - FPR95 of b in points with its 95 %
+    interval. Methods stand in the order of their first appearance, best first; a cell is row - column.
+    """
+    if len(differences) == 0:
+        return _message_figure("There is only one method, and so no difference between two.", caption, title)
+    _require(differences, ["method_a", "method_b", "difference", "low", "high"], "table of differences")
+    methods = list(pd.unique(differences[["method_a", "method_b"]].to_numpy().ravel()))
+    places, count = {method: place for place, method in enumerate(methods)}, len(methods)
+    undecided = (differences.low <= 0) & (differences.high >= 0)
+    limit = differences.difference[~undecided].abs().max() if not undecided.all() else 1
+    colours, norm = colormaps["RdBu_r"], TwoSlopeNorm(0, -limit, limit)
+    names = 0.075 * max(map(len, methods))
+    cell = min(0.5, (WIDTH - names - 1.2) / count)
+    figure = _new_figure(
+        max(cell * count, 2.0) + names + 0.6,
+        caption,
+        title,
+        width=float(np.clip(cell * count + names + 1.3, 4.2, WIDTH)),
+    )
+    axes = figure.subplots()
+    form = "{:z.1f}" if count <= 14 else "{:z.0f}"
+    for a, b, difference, grey in zip(
+        differences.method_a, differences.method_b, differences.difference, undecided
+    ):
+        row, column = max(places[a], places[b]), min(places[a], places[b])
+        value = difference if row == places[a] else -difference
+        look = {"colour": "0.92", "ink": "0.45"} if grey else {"colour": colours(norm(value))}
+        _cell(axes, column, row, form.format(value), **look)
+    axes.set(xlim=(-0.5, count - 1.5), ylim=(count - 0.5, 0.5))
+    axes.set_xticks(range(count - 1), methods[:-1], rotation=90)
+    axes.set_yticks(range(1, count), methods[1:])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    label = "FPR95, row − column (points)\nnegative: the row is better"
+    look = {"ticks": MaxNLocator(5), "pad": 0.02, "shrink": 0.7 if count > 8 else 1, "anchor": (0, 1)}
+    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=label, **look)
+    handle = Patch(facecolor="0.92", label="grey: the 95 % interval of the difference contains 0")
+    figure.legend(handles=[handle], loc="outside lower center")
+    return figure
+
+
+@_figure
+def rank_intervals(
+    ranks: pd.DataFrame,
+    *,
+    cliques: Sequence[Sequence[str]],
+    nemenyi: float | None,
+    caption: str,
+    title: str = "",
+) -> Figure:
+    """Mean rank of each method over the OOD sets with its interval; a bar at the right joins what cannot be told apart.
+
+    ranks: columns method, mean_rank, low, high (1 = best); cliques: runs of neighbours of which no two differ;
+    nemenyi: the critical difference of the Nemenyi test in ranks, drawn to scale, or None.
+    """
+    _require(ranks, ["method", "mean_rank", "low", "high"], "table of ranks")
+    ranks = ranks.sort_values("mean_rank", kind="stable")
+    methods = ranks.method.to_list()
+    spans = [sorted(methods.index(method) for method in clique) for clique in cliques if len(clique) > 1]
+    bars = _lanes(sorted((span[0], span[-1]) for span in spans))
+    figure = _new_figure(0.21 * len(methods) + 1.0, caption, title)
+    widths = [1, 0.03 * (1 + max(bars.values(), default=0))]
+    axes, joined = figure.subplots(1, 2, sharey=True, width_ratios=widths)
+    _method_rows(axes, methods, "mean rank over the OOD sets, 1 = best; bar: 95 % interval")
+    for row, (mean, low, high) in enumerate(zip(ranks.mean_rank, ranks.low, ranks.high)):
+        axes.plot([low, high], [row, row], color=ID_COLOUR, linewidth=1.5, clip_on=False)
+        axes.plot(mean, row, "o", color=ID_COLOUR, markersize=5, clip_on=False)
+    for (first, last), lane in bars.items():
+        joined.plot([lane, lane], [first - 0.3, last + 0.3], color="0.3", linewidth=3, solid_capstyle="butt")
+    joined.set_xlim(-0.5, max(bars.values(), default=0) + 0.5)
+    joined.axis("off")
+    right = max(len(methods), ranks.high.max(), 1 + (nemenyi or 0))
+    axes.set_xlim(0.5, right + 0.5)
+    if nemenyi is not None:
+        axes.set_ylim(top=-2)
+        axes.errorbar(1 + nemenyi / 2, -0.8, xerr=nemenyi / 2, color="black", capsize=3)
+        text = f"Nemenyi critical difference {nemenyi:.1f}"
+        axes.text(1, -1.1, text, ha="left", va="bottom", fontsize=8)
+    handles = [Line2D([], [], color="0.3", linewidth=3, label="bar at the right: cannot be told apart")]
+    figure.legend(handles=handles, loc="outside lower center")
     return figure
 
 
@@ -772,6 +1129,15 @@ def _new_figure(height: float, caption: str, title: str, width: float = WIDTH) -
     figure.text(0.05 / width, 1 - 0.05 / height, title, ha="left", va="top", fontsize=9.5, fontweight="bold")
     top = 1 - (0.06 + 0.17 * (lines - 1)) / height
     figure.text(1 - 0.05 / width, top, caption, ha="right", va="top", fontsize=8, color="0.4")
+    return figure
+
+
+def _message_figure(message: str, caption: str, title: str) -> Figure:
+    """A sentence where there is nothing to draw."""
+    figure = _new_figure(1.4, caption, title)
+    axes = figure.subplots()
+    axes.axis("off")
+    axes.text(0.5, 0.5, message, ha="center", va="center", transform=axes.transAxes)
     return figure
 
 
@@ -836,6 +1202,14 @@ def _set_marker(index: int, group: str) -> dict[str, Any]:
     }
 
 
+def _set_handles(sets: Mapping[str, str]) -> list[Line2D]:
+    """A legend entry an OOD set, marked by `_set_marker`."""
+    return [
+        _dot(_colour(index), _marker(index), f"{name} ({group})", **_set_marker(index, group))
+        for index, (name, group) in enumerate(sets.items())
+    ]
+
+
 def _dot(colour: str, marker: str, label: str, /, **look: Any) -> Line2D:
     """A legend entry without a line."""
     return Line2D(
@@ -848,8 +1222,10 @@ def _ood_entry(sets: Mapping[str, Any], marker: str = "s") -> tuple[str, str, st
     return (_colour(0), marker, next(iter(sets))) if len(sets) == 1 else ("0.3", marker, "other colours: OOD")
 
 
-def _set_title(name: str, groups: Mapping[str, str] | None, separator: str = " ") -> str:
-    return f"{name}{separator}({groups[name]})" if groups and name in groups else name
+def _set_title(name: str, groups: Mapping[str, str] | None, separator: str = " ", letters: int = 100) -> str:
+    """Name and group of an OOD set, the name in lines of at most so many letters."""
+    lines = textwrap.fill(name, letters)
+    return f"{lines}{separator}({groups[name]})" if groups and name in groups else lines
 
 
 def _evenly(count: int, at_most: int) -> np.ndarray:
@@ -967,15 +1343,257 @@ def _write_values(axes: Axes, image: Any, values: np.ndarray, form: str, skip_ze
             axes.text(column, row, form.format(value), ha="center", va="center", fontsize=8, color=colour)
 
 
+def _published_differences(
+    means: pd.DataFrame, sets: Mapping[str, str], methods: Sequence[str], caption: str, title: str
+) -> Figure:
+    """Measured - published FPR95 and AUROC, methods x OOD sets, in points; means: indexed by (method, ood_set)."""
+    figure = _new_figure(0.22 * len(methods) + 1.7, caption, title)
+    both = figure.subplots(1, 2, sharey=True)
+    gaps = {metric: means[metric] - means[f"published_{metric}"] for metric in METRICS}
+    limit = max(gap.abs().max() for gap in gaps.values())
+    colours, norm = colormaps["RdBu_r"], TwoSlopeNorm(0, -limit, limit)
+    for axes, (metric, gap) in zip(both, gaps.items()):
+        for (row, method), (column, name) in itertools.product(enumerate(methods), enumerate(sets)):
+            value = gap.get((method, name), np.nan)
+            known = np.isfinite(value)
+            text, colour = (f"{value:+.1f}", colours(norm(value))) if known else ("–", "0.92")
+            _cell(axes, column, row, text, colour)
+        axes.set(xlim=(-0.5, len(sets) - 0.5), ylim=(len(methods) - 0.5, -0.5))
+        axes.set_xticks(range(len(sets)), [textwrap.fill(name, 14) for name in sets], rotation=90)
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set_title(METRICS[metric][0])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    label = "measured − published\n(points)"
+    figure.colorbar(ScalarMappable(norm, colours), ax=both, label=label, ticks=MaxNLocator(5), pad=0.02)
+    return figure
+
+
+def _method_table(
+    table: pd.DataFrame,
+    sets: Mapping[str, str],
+    label: str,
+    lower_is_better: bool,
+    form: Callable[[float], str],
+    caption: str,
+    title: str,
+) -> Figure:
+    """A table methods x OOD sets and their means as coloured cells; the best of each column in bold."""
+    values = table.to_numpy(dtype=float)
+    # a gap separates the sets from the means
+    columns = [column + (0.25 if column >= len(sets) else 0) for column in range(values.shape[1])]
+    upright = values.shape[1] > 8  # the names are too wide for so narrow columns
+    height = (0.27 if len(table) <= 12 else 0.22) * len(table) + (1.4 if upright else 0.9)
+    figure = _new_figure(max(height, 1.9), caption, title, min(WIDTH, 2.7 + 0.75 * values.shape[1]))
+    axes = figure.subplots()
+    _value_cells(figure, axes, values, columns, form, label, lower_is_better, best_of=0)
+    axes.set(xlim=(-0.5, columns[-1] + 0.5), ylim=(len(table) - 0.5, -0.5))
+    letters = 18 if upright else 11
+    names = [
+        _set_title(name, sets, "\n", letters) if name in sets else name.replace(" ", "\n") for name in table
+    ]
+    axes.set_xticks(columns, names, rotation=90 if upright else 0)
+    axes.set_yticks(range(len(table)), table.index)
+    axes.tick_params(labeltop=True, labelbottom=False)
+    return figure
+
+
+def _value_cells(
+    figure: Figure,
+    axes: Axes,
+    values: np.ndarray,
+    columns: Sequence[float],
+    form: Callable[[float], str],
+    label: str,
+    lower_is_better: bool,
+    best_of: int | None,
+) -> None:
+    """Numbers on their colours with a colour bar: bright is good, bold the best of each column (0) or of all (None)."""
+    colours = colormaps["cividis_r" if lower_is_better else "cividis"]
+    norm = Normalize(np.nanmin(values), max(np.nanmax(values), np.nanmin(values) + 1))
+    rounded = np.round(values, 1)
+    best = (np.nanmin if lower_is_better else np.nanmax)(rounded, axis=best_of, keepdims=True)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            bold = (rounded == best)[row, column]
+            _cell(axes, columns[column], row, form(value), colours(norm(value)), bold)
+        else:
+            _cell(axes, columns[column], row, "–", "0.92")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    label = label.replace(", ", ",\n")
+    figure.colorbar(
+        ScalarMappable(norm, colours),
+        ax=axes,
+        label=label,
+        ticks=MaxNLocator(5, steps=[1, 2, 5, 10]),
+        pad=0.02,
+    )
+
+
+def _rank_name(rank: float) -> str:
+    return f"{rank:.1f}".removesuffix(".0") if np.isfinite(rank) else "–"
+
+
+def _cell(
+    axes: Axes, x: float, y: float, text: str, colour: Any, bold: bool = False, ink: str | None = None
+) -> None:
+    """A text on a coloured unit square, in whichever of black and white reads better unless `ink` is given."""
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
+    look = {"ha": "center", "va": "center", "fontsize": 8, "fontweight": "bold" if bold else "normal"}
+    axes.text(x, y, text, **look, color=ink or _ink(colour))
+
+
+def _method_rows(axes: Axes, methods: Sequence[str], label: str) -> None:
+    """A row a method from the top down, every other one shaded; the quantity `label` along x."""
+    for row in range(0, len(methods), 2):
+        axes.axhspan(row - 0.5, row + 0.5, color="0.95", linewidth=0, zorder=0)
+    axes.set_xlabel(label)
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set_ylim(len(methods) - 0.5, -0.5)
+    axes.grid(True, axis="x", color="0.85")
+    axes.tick_params(axis="y", length=0, pad=7)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+
+
+def _end_at_best(axes: Axes, metric: str) -> None:
+    """End the x axis at the best possible value; call it once everything is drawn."""
+    axes.set_xlim(**({"left": 0} if metric == "fpr95" else {"right": 100}))
+
+
+def _margin_text(axes: Axes, row: float, text: str) -> None:
+    """A text at the right of a row of `_method_rows`."""
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, (1, row), (7, 0), **place, fontsize=8, annotation_clip=False)
+
+
+def _dumbbell(
+    axes: Axes,
+    y: float,
+    ends: Sequence[float],
+    looks: Iterable[Mapping[str, Any]],
+    colour: str = "0.7",
+    width: float = 1.5,
+) -> None:
+    """Two markers joined by a line."""
+    axes.plot(ends, [y, y], color=colour, linewidth=width, zorder=1, clip_on=False)
+    for end, look in zip(ends, looks):
+        axes.plot(end, y, **{"markersize": 5} | look, clip_on=False)
+
+
+def _label_points(figure: Figure, axes: Axes, points: np.ndarray, names: Sequence[str]) -> None:
+    """Write each name beside its point where it covers no other name or point; a line leads to a name further off."""
+    figure.get_layout_engine().execute(figure)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    pixel = figure.dpi / 72  # pixels a point of type
+    centres = axes.transData.transform(points)
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in centres]
+    nearest_first = [
+        (distance, np.cos(angle), np.sin(angle))
+        for distance in range(7, 90, 6)
+        for angle in np.arange(0, 2 * np.pi, np.pi / 8)
+    ]
+
+    def box_and_cost(index: int, size: np.ndarray, place: tuple[float, float, float]) -> tuple[Bbox, float]:
+        distance, cosine, sine = place
+        end = centres[index] + distance * pixel * np.array([cosine, sine])
+        # the line ends at the left, right or middle of the text, whichever faces the point
+        box = Bbox.from_bounds(*(end - size * [0.5 - 0.5 * cosine, 0.5]), *size)
+        outside = not (axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max))
+        covered = sum(box.overlaps(other) for other in taken)
+        to_others = np.linspace(centres[index], end, 9)[:, None] - np.delete(centres, index, axis=0)
+        crossed = (np.linalg.norm(to_others, axis=2) < 5).any(axis=0).sum()
+        return box, 1000 * outside + 100 * covered + 20 * crossed + distance
+
+    line = {"arrowstyle": "-", "color": "0.4", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+    look = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 8}
+    for index, name in enumerate(names):
+        measured = axes.text(0, 0, name, fontsize=8)
+        size = measured.get_window_extent(renderer).size
+        measured.remove()
+        costs = [box_and_cost(index, size, place)[1] for place in nearest_first]
+        place = nearest_first[int(np.argmin(costs))]
+        box, _ = box_and_cost(index, size, place)
+        taken.append(box.padded(2))
+        offset = ((box.min + box.max) / 2 - centres[index]) / pixel
+        axes.annotate(name, points[index], offset, **look, arrowprops=line if place[0] > 7 else None)
+
+
+def _with_off(sweep: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The hyper-parameters `columns` as Python values, "off" where a value is missing."""
+    return sweep.assign(
+        **{name: sweep[name].astype(object).where(sweep[name].notna(), "off") for name in columns}
+    )
+
+
+def _ordered_values(values: Iterable[Any]) -> list[Any]:
+    """The distinct values, numbers in ascending order, then "off"."""
+    return sorted(set(values), key=lambda value: (value == "off", 0 if value == "off" else value))
+
+
+def _value_name(value: Any) -> str:
+    return value if value == "off" else f"{value:g}"
+
+
+def _value_places(values: Iterable[Any], parameter: str, log: bool) -> dict[Any, float]:
+    """Where the distinct values stand on an axis: numbers to scale (their logarithm with `log`), "off" beyond them."""
+    ordered = _ordered_values(values)
+    numbers = [value for value in ordered if value != "off"]
+    if log and numbers and numbers[0] <= 0:
+        raise InputError(
+            f"Found {parameter} = {numbers[0]:g}, expected values above 0 on a log scale; pass log=False."
+        )
+    places = {value: float(np.log10(value) if log else value) for value in numbers}
+    if "off" in ordered:
+        ends = list(places.values()) or [0.0]
+        places["off"] = ends[-1] + (0.12 * (ends[-1] - ends[0]) or 1)
+    return places
+
+
+def _value_ticks(axis: Any, places: Mapping[Any, float], inches: float) -> None:
+    """A tick at each place of an axis `inches` long, labelled where there is room, from the last one back."""
+    span = max(places.values()) - min(places.values()) or 1
+    names, free = [], np.inf
+    for value, place in reversed(places.items()):
+        name, x = _value_name(value), place / span * inches
+        half = 0.04 * len(name)
+        names.insert(0, name if x + half <= free else "")
+        free = x - half - 0.04 if names[0] else free
+    axis.set_ticks(list(places.values()), names)
+
+
+def _value_line(axes: Axes, places: Mapping[Any, float], curve: pd.Series, **look: Any) -> None:
+    """A curve over the values of a hyper-parameter; "off" stands apart, as it is no limit of the others."""
+    numbers = curve.drop("off", errors="ignore")
+    axes.plot([places[value] for value in numbers.index], numbers, **look)
+    if "off" in curve:
+        axes.plot(places["off"], curve["off"], **look | {"linestyle": ""})
+
+
+def _lanes(spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """For spans in ascending order the first lane in which each touches no earlier one."""
+    lanes, ends = {}, []
+    for span in spans:
+        lane = next((lane for lane, end in enumerate(ends) if end < span[0]), len(ends))
+        ends[lane : lane + 1] = [span[1]]
+        lanes[span] = lane
+    return lanes
+
+
 def _metric_label(metric: str) -> str:
     name, direction = METRICS[metric]
     return f"{name} (%), {direction}"
 
 
+def _mean_over_sets(table: pd.DataFrame, keys: list[str], column: str) -> pd.Series:
+    """Mean over the OOD sets of the mean over the seeds, for each value of the keys; NaN where a set is lacking."""
+    by_set = table.pivot_table(index=keys, columns="ood_set", values=column, sort=False)
+    return by_set.mean(axis=1, skipna=False)
+
+
 def _ordered_methods(results: pd.DataFrame) -> list[str]:
-    """Methods by their mean FPR95 over the sets, best first."""
-    by_set = results.groupby(["method", "ood_set"], sort=False).fpr95.mean()
-    return by_set.groupby("method", sort=False).mean().sort_values(kind="stable").index.to_list()
+    """Methods by their mean FPR95 over the sets, best first; those that lack a set last."""
+    return wide_table(results, "fpr95")["mean"].sort_values(kind="stable").index.to_list()
 
 
 def _require(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
@@ -987,9 +1605,13 @@ def _require(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
         )
 
 
-def _require_results(results: pd.DataFrame, columns: Sequence[str], metric: str = "fpr95") -> None:
+def _check_metric(metric: str) -> None:
     if metric not in METRICS:
         raise InputError(f"There is no figure of {metric!r}; {nearest(metric, METRICS)}")
+
+
+def _require_results(results: pd.DataFrame, columns: Sequence[str], metric: str = "fpr95") -> None:
+    _check_metric(metric)
     _require(results, ["method", "ood_set", "group", "fpr95", *columns], "results table")
     if "experiment" in results and results.experiment.nunique() > 1:
         names = ", ".join(map(str, results.experiment.unique()))

@@ -75,6 +75,27 @@ def test_a_wrong_override_is_one_sentence_with_a_way_out(override, sentence):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "row", "key"),
+    [
+        ("pytorch_ood.KNN.k=20", "pytorch_ood.KNN", "k"),
+        ("detectors.pytorch_ood.KNN.k=20", "pytorch_ood.KNN", "k"),
+        ("pytorch_ood.KNN.small.k=20", "pytorch_ood.KNN.small", "k"),
+    ],
+)
+def test_an_override_reaches_a_row_with_dots_in_its_name(override, row, key, tmp_path):
+    """The longest row name that fits is meant."""
+    data = yaml.safe_load((CONFIG_DIRECTORY / "digits.yaml").read_text())
+    data["detectors"] = {"line": {}, "pytorch_ood.KNN": None, "pytorch_ood.KNN.small": {"k": 5}}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(data | {"tuning": None}))
+    expected = {"line": {}, "pytorch_ood.KNN": {}, "pytorch_ood.KNN.small": {"k": 5}}
+    expected[row] = {**expected[row], key: 20}
+    assert load_config(path, overrides=[override]).detectors == expected
+    with pytest.raises(InputError, match=r"did you mean 'pytorch_ood\.KNN'"):
+        load_config(path, overrides=["pytorch_ood.KN.k=20"])
+
+
 def test_an_unknown_experiment_names_the_nearest():
     with pytest.raises(InputError, match="did you mean 'cifar10_npz'"):
         load_config("cifar10_nzp")

@@ -1,5 +1,7 @@
 """The figures: what they show for known input, and that saving them is reproducible."""
 
+import itertools
+
 import matplotlib
 import nbformat
 import numpy as np
@@ -48,6 +50,80 @@ def clipped(figure: Figure) -> list[str]:
     ]
 
 
+def colliding(figure: Figure) -> list[tuple[str, str]]:
+    """Texts inside and beside axes, tick labels included, that cover one another."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    shown = {}
+    for axes in figure.axes:
+        axes.get_tightbbox(renderer)  # brings the tick labels to their places
+        labels = [label for axis in (axes.xaxis, axes.yaxis) for label in visible_labels(axis)]
+        for text in [*axes.texts, *labels]:
+            text.get_window_extent(renderer)  # moves an annotation to its place, but counts its line as text
+            shown[text] = Text.get_window_extent(text, renderer)
+    return [
+        (first.get_text(), second.get_text())
+        for (first, box), (second, other) in itertools.combinations(shown.items(), 2)
+        if first.get_text().strip()
+        and second.get_text().strip()
+        and box.padded(-1).overlaps(other.padded(-1))
+    ]
+
+
+def visible_labels(axis) -> list[Text]:
+    """The labels of the ticks in view, as far as they are drawn."""
+    if not axis.axes.axison:
+        return []
+    low, high = sorted(axis.get_view_interval())
+    return [
+        label
+        for tick in axis.get_major_ticks()
+        for label in (tick.label1, tick.label2)
+        if label.get_visible() and low <= tick.get_loc() <= high
+    ]
+
+
+def sweep_table(values, sets, **columns) -> pd.DataFrame:
+    """A line a value and set: FPR95 is 10 for the first value, 20 for the second, ..., + 2 per set; AUROC 100 - FPR95."""
+    lines = [
+        {"value": value, "ood_set": name, "group": group, "fpr95": 10.0 * (place + 1) + 2 * index}
+        for place, value in enumerate(values)
+        for index, (name, group) in enumerate(sets.items())
+    ]
+    table = pd.DataFrame(lines).astype({"value": object}).assign(**columns)
+    return table.assign(auroc=100 - table.fpr95)
+
+
+def rank_table(methods) -> pd.DataFrame:
+    ranks = np.arange(1.0, len(methods) + 1)
+    return pd.DataFrame({"method": methods, "mean_rank": ranks, "low": ranks - 0.5, "high": ranks + 0.25})
+
+
+def difference_table(methods) -> pd.DataFrame:
+    """The n-th method is 4 points better than the next; the interval is as wide as the difference between neighbours."""
+    columns = ["method_a", "method_b", "difference", "low", "high"]
+    lines = [
+        (a, b, -4.0 * (j - i), -4.0 * (j - i) - 5, -4.0 * (j - i) + 5)
+        for (i, a), (j, b) in itertools.combinations(enumerate(methods), 2)
+    ]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def cost_table(methods) -> pd.DataFrame:
+    """Scoring takes 1 s for the first method, 10 s for the second, ...; the second needs 3 passes more."""
+    places = np.arange(len(methods))
+    costs = {"method": methods, "fit_seconds": 0.5 * places, "seconds_per_10k": 10.0 ** (places % 5)}
+    return pd.DataFrame(costs).assign(extra_passes=3 * (places == 1), forward_seconds_per_10k=20.0)
+
+
+def tuning_table(methods, sets) -> pd.DataFrame:
+    """Tuning takes 6 points off each FPR95 of `results_table` and adds 3 to each AUROC."""
+    default = results_table(methods, sets).assign(tuned=False)
+    tuned = default.assign(
+        tuned=True, method=default.method + " (tuned)", fpr95=default.fpr95 - 6, auroc=default.auroc + 3
+    )
+    return pd.concat([default, tuned], ignore_index=True)
+
+
 def results_table(methods, sets, seeds=(0,), published=False) -> pd.DataFrame:
     """FPR95 is 10 for the first method, 20 for the second, ..., + 1 per set, + 1 per seed; AUROC 100 - FPR95 / 2."""
     rows = []
@@ -64,7 +140,11 @@ def results_table(methods, sets, seeds=(0,), published=False) -> pd.DataFrame:
                 }
                 row |= {"fpr95": fpr, "fpr95_lo": fpr - 2, "fpr95_hi": fpr + 3}
                 row |= {"auroc": 100 - fpr / 2, "auroc_lo": 99 - fpr / 2, "auroc_hi": 101 - fpr / 2}
-                row |= {"published_fpr95": np.nan, "published_auroc": np.nan}
+                row |= {
+                    "published_fpr95": np.nan,
+                    "published_auroc": np.nan,
+                    "fpr95_ood_positive": 2 * fpr / 3,
+                }
                 if published and group == "far":
                     row |= {"published_fpr95": fpr + 5, "published_auroc": 90.0}
                 rows.append(row)
@@ -72,7 +152,14 @@ def results_table(methods, sets, seeds=(0,), published=False) -> pd.DataFrame:
 
 
 METHODS = ["LINe", "HIMPLoS", "HIM only", "PLoS only", "DICE", "ReAct", "Energy", "MaxLogit", "MSP"]
+MANY = [
+    *METHODS[:-1],
+    *(f"ASH-S, variant {n}" for n in range(12)),
+    "Mahalanobis (ensemble)",
+    "KNN (pytorch-ood)",
+]
 SETS = {"SVHN": "far", "CIFAR-100": "near", "Textures": "far", "Tiny ImageNet": "near", "Places365": "far"}
+SETS |= {"Tiny ImageNet (resized)": "far"}
 
 
 def every_figure(rng, classes: int, sets: dict[str, str], methods: list[str]) -> dict[str, Figure]:
@@ -90,6 +177,11 @@ def every_figure(rng, classes: int, sets: dict[str, str], methods: list[str]) ->
         train_accuracy=[50, 60.0], validation_loss=[2, 1.5], validation_accuracy=[40, 50.0]
     )
     results = results_table(methods, sets, published=True)
+    sweep = sweep_table([50, 70, 85, 90, 95, 99, None], sets)
+    pairs = pd.concat([sweep.assign(other=other) for other in (0.5, 1.0, None)])
+    sample_sizes = sweep_table([1, 2, 5, 10, 100, 1000], sets, draw=0)
+    sample_sizes = sample_sizes.rename(columns={"value": "images_per_class"})
+    sample_sizes = pd.concat([sample_sizes.assign(method=method) for method in methods[:8]])
     common = {"caption": CAPTION, "title": "A title"}
     near_far = common | {"groups": sets}
     mask = weight >= np.percentile(weight, 60, axis=1, keepdims=True)
@@ -113,11 +205,27 @@ def every_figure(rng, classes: int, sets: dict[str, str], methods: list[str]) ->
         "results_heatmap": plots.results_heatmap(results, "auroc", **common),
         "ranking": plots.ranking(results, **common),
         "published_comparison": plots.published_comparison(results, **common),
+        "fpr_conventions": plots.fpr_conventions(results, **common),
+        "tuning_effect": plots.tuning_effect(tuning_table(methods, sets), **common),
+        "near_far": plots.near_far(results, **common),
+        "method_cost": plots.method_cost(cost_table(methods), **common),
+        "sweep_curves": plots.sweep_curves(sweep, "value", default=90, **common),
+        "sweep_heatmap": plots.sweep_heatmap(pairs, "value", "other", default=(90, 1.0), **common),
+        "sensitivity": plots.sensitivity(
+            dict.fromkeys(methods, sweep.assign(parameter="activation_percentile", is_default=False)),
+            **common,
+        ),
+        "sample_size": plots.sample_size(sample_sizes, **common),
+        "paired_differences": plots.paired_differences(difference_table(methods), **common),
+        "rank_intervals": plots.rank_intervals(
+            rank_table(methods), cliques=[methods[:2]], nemenyi=3.0, **common
+        ),
     }
 
 
 @pytest.mark.parametrize(
-    ("classes", "count", "methods"), [(10, 5, METHODS), (2, 1, ["MSP"]), (100, 2, ["MSP", "LINe"])]
+    ("classes", "count", "methods"),
+    [(10, 5, METHODS), (2, 1, ["MSP"]), (100, 2, ["MSP", "LINe"]), (10, 6, MANY)],
 )
 def test_every_figure_is_complete_and_readable(rng, classes, count, methods):
     sets = dict(list(SETS.items())[:count])
@@ -140,6 +248,7 @@ def test_every_figure_is_complete_and_readable(rng, classes, count, methods):
         }
         assert not small, name
     assert {name: clipped(figure) for name, figure in figures.items() if clipped(figure)} == {}
+    assert {name: colliding(figure) for name, figure in figures.items() if colliding(figure)} == {}
 
 
 def test_saving_twice_gives_the_same_bytes(rng, tmp_path):
@@ -149,8 +258,10 @@ def test_saving_twice_gives_the_same_bytes(rng, tmp_path):
         assert first == second, name
         assert b"Software" not in first[0] and b"Matplotlib" not in first[1] and b"<dc:date>" not in first[1]
     names = {path.name for path in (tmp_path / "first").iterdir()}
-    assert len(names) == 2 * 16 and {"ranking.png", "ranking.svg"} <= names  # no temporary file stays
-    with Image.open(tmp_path / "first" / "ranking.png") as image:
+    assert (
+        len(names) == 2 * 26 and {"tuning_effect.png", "tuning_effect.svg"} <= names
+    )  # no temporary file stays
+    with Image.open(tmp_path / "first" / "tuning_effect.png") as image:
         assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1) and image.width == 1050
 
 
@@ -406,18 +517,42 @@ def test_results_heatmap_writes_values_means_and_the_best_in_bold():
     ]
     assert [text.get_fontweight() for text in axes.texts] == ["bold"] * 6 + ["normal"] * 6
     incomplete = plots.results_heatmap(results.iloc[1:], "auroc", caption=CAPTION).axes[0]
-    assert len(incomplete.patches) == 12 and len(incomplete.texts) == 11
+    assert [text.get_text() for text in incomplete.texts].count("–") == 3  # the set, its group and the mean
     with pytest.raises(InputError, match="did you mean 'auroc'"):
         plots.results_heatmap(results, "aurocs", caption=CAPTION)
+
+
+def cells(axes) -> list[list[str]]:
+    """The texts of a table's cells, row by row."""
+    rows = {}
+    for text in axes.texts:
+        rows.setdefault(text.get_position()[1], []).append(text.get_text())
+    return [rows[y] for y in sorted(rows)]
+
+
+def marks(axes, marker) -> list[float]:
+    """Where the single markers of a kind stand along x."""
+    lines = [line for line in axes.lines if line.get_marker() == marker and len(line.get_xdata()) == 1]
+    return [float(line.get_xdata()[0]) for line in lines]
+
+
+def test_results_intervals_leave_out_what_is_missing():
+    results = results_table(["LINe", "MSP"], {"SVHN": "far", "noise": "far"}).iloc[:3]
+    fpr = plots.results_intervals(results, caption=CAPTION).axes[0]
+    # LINe on both sets and in the mean; MSP on one set, of which there is no mean over the sets
+    assert marks(fpr, "o") == [10.0, 20.0] and marks(fpr, "s") == [11.0] and marks(fpr, "D") == [10.5]
 
 
 def test_ranking_averages_ties_and_orders_by_mean_rank():
     results = results_table(["MSP", "Energy", "LINe"], {"SVHN": "far", "noise": "far"})
     results["fpr95"] = [30.0, 20.0, 30.0, 10.0, 5.0, 40.0]  # SVHN: 2.5 2.5 1, noise: 2 1 3
-    axes = plots.ranking(results, caption=CAPTION).axes[0]
-    assert [text.get_text() for text in axes.texts] == ["Energy (1.8)", "LINe (2.0)", "MSP (2.2)"]
-    assert list(axes.lines[0].get_ydata()) == [2.5, 1.0]
-    assert axes.get_ylabel() == "rank by FPR95 (1 = best)"
+    axes, bar = plots.ranking(results, caption=CAPTION).axes
+    assert tick_names(axes.yaxis) == ["Energy", "LINe", "MSP"]
+    assert tick_names(axes.xaxis) == ["SVHN\n(far)", "noise\n(far)", "mean\nrank"]
+    assert cells(axes) == [["2.5", "1", "1.8"], ["1", "3", "2"], ["2.5", "2", "2.2"]]
+    assert bar.get_ylabel() == "rank by FPR95,\n1 = best"
+    lacking = plots.ranking(results.iloc[1:], caption=CAPTION).axes[0]
+    assert tick_names(lacking.yaxis)[-1] == "MSP" and cells(lacking)[-1] == ["2", "–", "–"]
 
 
 def test_published_comparison_shows_only_rows_with_published_values():
@@ -434,11 +569,199 @@ def test_published_comparison_shows_only_rows_with_published_values():
     assert [float(line.get_xdata()[0]) for line in fpr.lines if line.get_marker() == "o"] == [10.0, 20.0]
 
 
+def test_published_comparison_of_many_pairs_is_a_table_of_differences():
+    methods, sets = [f"method {n}" for n in range(21)], {"SVHN": "far", "noise": "far"}
+    results = results_table(methods, sets, published=True)
+    results.loc[1, "published_fpr95"] = np.nan
+    fpr, auroc, bar = plots.published_comparison(results, caption=CAPTION).axes
+    assert [fpr.get_title(), auroc.get_title()] == ["FPR95", "AUROC"]
+    assert cells(fpr)[:2] == [["-5.0", "–"], ["-5.0", "-5.0"]]
+    assert cells(auroc)[0] == ["+5.0", "+4.5"] and tick_names(fpr.yaxis) == methods
+    assert "measured − published" in bar.get_ylabel()
+
+
 def test_published_comparison_says_when_there_is_nothing_to_compare():
     # a column of None is what a table without published values holds
     results = results_table(["LINe"], {"SVHN": "far"}).assign(published_fpr95=None, published_auroc=None)
     figure = plots.published_comparison(results, caption=CAPTION)
     assert any(text.startswith("No published values") for text in texts(figure))
+
+
+def test_fpr_conventions_shows_both_means_and_both_ranks():
+    results = results_table(["MSP", "LINe"], {"SVHN": "far", "noise": "far"})
+    results["fpr95_ood_positive"] = [9.0, 11.0, 4.0, 6.0]
+    figure = plots.fpr_conventions(results, caption=CAPTION)
+    axes = figure.axes[0]
+    assert tick_names(axes.yaxis) == ["MSP", "LINe"]
+    assert marks(axes, "o") == [10.5, 20.5] and marks(axes, "D") == [10.0, 5.0]
+    assert [text.get_text() for text in axes.texts] == ["1 → 2", "2 → 1", "rank"]
+    first, second = (text.get_text() for text in figure.legends[0].get_texts())
+    assert first.startswith("fpr95: ID positive") and second.startswith("fpr95_ood_positive: OOD positive")
+
+
+def test_tuning_effect_joins_default_and_tuned():
+    table = tuning_table(["LINe", "MSP"], {"SVHN": "far", "noise": "far"})
+    table.loc[table.tuned & table.method.str.startswith("LINe"), "fpr95"] += 30
+    fpr, auroc = plots.tuning_effect(table, caption=CAPTION).axes
+    # MSP is the best once tuned
+    assert tick_names(fpr.yaxis) == ["MSP", "LINe"]
+    assert marks(fpr, "o") == [20, 14, 21, 15, 10, 34, 11, 35] and marks(fpr, "D") == [20.5, 14.5, 10.5, 34.5]
+    assert marks(auroc, "D") == [89.75, 92.75, 94.75, 97.75]
+    lacking = plots.tuning_effect(table.drop(index=3), caption=CAPTION).axes[0]  # MSP on noise, not tuned
+    assert np.isnan(marks(lacking, "o")[2]) and np.isnan(marks(lacking, "D")[0])
+    default, tuned = (line for line in fpr.lines[:3] if line.get_marker() == "o")
+    assert default.get_markerfacecolor() == "white" and tuned.get_markerfacecolor() != "white"
+
+
+def test_near_far_places_a_named_point_a_method():
+    results = results_table(["MSP", "LINe"], {"SVHN": "far", "noise": "far", "CIFAR-100": "near"})
+    axes = plots.near_far(results, caption=CAPTION).axes[0]
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[10.5, 12], [20.5, 22]])
+    assert [(text.get_text(), *text.xy) for text in axes.texts] == [("MSP", 10.5, 12), ("LINe", 20.5, 22)]
+    assert axes.get_xlabel() == "mean FPR95 on the far sets (%), lower is better"
+    far = results[results.group == "far"]
+    assert any("no near or no far" in text for text in texts(plots.near_far(far, caption=CAPTION)))
+
+
+def test_near_far_leads_lines_to_crowded_points():
+    results = results_table(MANY, {"SVHN": "far", "CIFAR-100": "near"})
+    results[["fpr95", "auroc"]] = 50.0  # every point at one place
+    figure = plots.near_far(results, caption=CAPTION)
+    assert colliding(figure) == []
+    assert sum(text.arrow_patch is not None for text in figure.axes[0].texts) >= len(MANY) - 8
+
+
+def test_method_cost_orders_bars_and_counts_passes():
+    costs = cost_table(["MSP", "ODIN", "KNN"]).iloc[[2, 1, 0]]
+    figure = plots.method_cost(costs, caption=CAPTION)
+    scoring, fit = figure.axes
+    assert tick_names(scoring.yaxis) == ["MSP", "ODIN", "KNN"] and scoring.get_xscale() == "log"
+    bars = [[bar.get_width() for bar in axes.containers[0]] for axes in (scoring, fit)]
+    assert bars == [[1, 10, 100], [0, 0.5, 1]]
+    assert [(text.get_text(), text.xy) for text in scoring.texts] == [("+3 passes", (10, 1))]
+    assert list(scoring.lines[0].get_xdata()) == [20, 20]
+    assert "forward pass, shared: 20 s" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_sweep_curves_draw_the_sets_the_mean_and_the_default():
+    sweep = sweep_table([90, 50, None, 70], {"SVHN": "far", "CIFAR-100": "near"})
+    figure = plots.sweep_curves(sweep, "value", default=70, caption=CAPTION, label="percentile")
+    fpr, auroc = figure.axes
+    assert fpr.get_xlabel() == "percentile" and tick_names(fpr.xaxis) == ["50", "70", "90", "off"]
+    near, near_off, far, _, mean, mean_off, default = fpr.lines
+    np.testing.assert_array_equal(near.get_xydata(), [[50, 22], [70, 42], [90, 12]])
+    assert near.get_markerfacecolor() == "white" and far.get_markerfacecolor() != "white"
+    # off is no limit of the numbers: it stands apart, without a line to them
+    assert near_off.get_xdata()[0] > 90 and list(near_off.get_ydata()) == [32]
+    assert list(mean.get_ydata()) == [21, 41, 11] and list(mean_off.get_ydata()) == [31]
+    assert list(default.get_xdata()) == [70, 70]
+    assert list(auroc.lines[4].get_ydata()) == [79, 59, 89]
+    off = plots.sweep_curves(sweep, "value", caption=CAPTION).axes[0]
+    assert off.lines[-1].get_xdata()[0] == near_off.get_xdata()[0]
+
+
+def test_sweep_curves_give_each_method_its_panels_and_default():
+    sets = {"SVHN": "far"}
+    both = pd.concat([sweep_table([1, 10], sets, method="KNN"), sweep_table([10, 100], sets, method="KNN+")])
+    defaults = {"KNN": 10, "KNN+": 50}
+    figure = plots.sweep_curves(both, "value", panels="method", default=defaults, log=True, caption=CAPTION)
+    assert [axes.get_title() for axes in figure.axes] == ["KNN", "KNN", "KNN+", "KNN+"]
+    assert [list(axes.lines[0].get_xdata()) for axes in figure.axes[::2]] == [[0, 1], [1, 2]]
+    assert [axes.lines[-1].get_xdata()[0] for axes in figure.axes[::2]] == [1, pytest.approx(np.log10(50))]
+    with pytest.raises(InputError, match="value = 0, expected values above 0 on a log scale"):
+        plots.sweep_curves(sweep_table([0, 1], sets), "value", log=True, caption=CAPTION)
+
+
+def test_sweep_heatmap_marks_the_best_and_the_default():
+    sets = {"SVHN": "far", "noise": "far"}
+    sweep = pd.concat(
+        [sweep_table([0.8, None], sets, percentile=90), sweep_table([0.8], sets, percentile=10)]
+    )
+    sweep.loc[sweep.percentile == 10, "fpr95"] = 5.0
+    draw = {"caption": CAPTION, "labels": ("clip", "percentile")}
+    axes = plots.sweep_heatmap(sweep, "value", "percentile", default=(None, 90), **draw).axes[0]
+    assert cells(axes) == [["5.0", "–"], ["11.0", "21.0"]]
+    assert [text.get_text() for text in axes.texts if text.get_fontweight() == "bold"] == ["5.0"]
+    assert tick_names(axes.xaxis) == ["0.8", "off"] and tick_names(axes.yaxis) == ["10", "90"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("clip", "percentile")
+    assert axes.patches[-1].get_xy() == (0.5, 0.5)
+    # a default that was not tried has no cell
+    other = plots.sweep_heatmap(sweep, "value", "percentile", default=(0.5, 90), **draw)
+    assert len(other.axes[0].patches) == 4 and not other.legends
+
+
+def test_sensitivity_orders_by_range_and_marks_default_and_best():
+    sets = {"SVHN": "far", "noise": "far"}
+    narrow = sweep_table([1, 5], sets, parameter="k", is_default=False)
+    wide = sweep_table(
+        [50, None, 90], sets, parameter="percentile", is_default=[False, False, False, False, True, True]
+    )
+    axes = plots.sensitivity({"KNN": narrow, "DICE": wide}, caption=CAPTION).axes[0]
+    assert tick_names(axes.yaxis) == ["DICE", "KNN"]
+    assert [text.get_text() for text in axes.texts] == ["percentile 50 … 90, off", "k 1 … 5"]
+    assert marks(axes, "|") == [31.0]
+    rings = [line for line in axes.lines if line.get_markersize() == 9]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in rings] == [(11, 0), (11, 1)]
+    dots = [line for line in axes.lines if line.get_markersize() == 5]
+    assert [line.get_xdata()[0] for line in dots] == [11, 31, 21, 11, 21]
+    assert [line.get_color() == "white" for line in dots] == [False, False, True, False, False]
+
+
+def test_sample_size_shows_mean_and_range_over_the_draws():
+    lines = [("LINe", 10, 0, 40.0, 90.0), ("LINe", 10, 1, 50.0, 80.0), ("LINe", 100, 0, 30.0, 95.0)]
+    table = pd.DataFrame(lines, columns=["method", "images_per_class", "draw", "fpr95", "auroc"])
+    fpr, auroc = plots.sample_size(table, caption=CAPTION).axes
+    np.testing.assert_array_equal(fpr.lines[0].get_xydata(), [[1, 45], [2, 30]])
+    np.testing.assert_array_equal(auroc.lines[0].get_xydata(), [[1, 85], [2, 95]])
+    band = fpr.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[band[:, 0] == 1, 1].max()) == (30, 50)
+    assert tick_names(fpr.xaxis) == ["10", "100"]
+
+
+def test_paired_differences_are_row_minus_column_and_grey_where_undecided():
+    differences = difference_table(["LINe", "DICE", "MSP"])
+    # the same pair the other way round
+    differences.loc[1, ["method_a", "method_b"]] = ["MSP", "LINe"]
+    differences.loc[1, ["difference", "low", "high"]] = [8, 3, 13]
+    axes = plots.paired_differences(differences, caption=CAPTION).axes[0]
+    assert cells(axes) == [["4.0"], ["8.0", "4.0"]]
+    assert tick_names(axes.xaxis) == ["LINe", "DICE"] and tick_names(axes.yaxis) == ["DICE", "MSP"]
+    grey = [same_color(patch.get_facecolor(), "0.92") for patch in axes.patches]
+    assert dict(zip([text.get_position() for text in axes.texts], grey)) == {
+        (0, 1): True,
+        (0, 2): False,
+        (1, 2): True,
+    }
+    many = plots.paired_differences(difference_table(MANY), caption=CAPTION).axes[0]
+    assert cells(many)[1] == ["8", "4"]
+    alone = plots.paired_differences(difference_table(["MSP"]), caption=CAPTION)
+    assert any(text.startswith("There is only one method") for text in texts(alone))
+
+
+def test_rank_intervals_join_cliques_and_scale_the_nemenyi_distance():
+    methods = ["LINe", "DICE", "KNN", "MSP"]
+    ranks, cliques = (
+        rank_table(methods).iloc[::-1],
+        [["MSP", "KNN"], ["DICE", "KNN"], ["LINe"], ["LINe", "DICE"]],
+    )
+    axes, joined = plots.rank_intervals(ranks, cliques=cliques, nemenyi=2.5, caption=CAPTION).axes
+    assert tick_names(axes.yaxis) == methods and marks(axes, "o") == [1, 2, 3, 4]
+    bars = [tuple(line.get_xdata()) for line in axes.lines if line.get_marker() == "None"]
+    assert bars[:4] == [(0.5, 1.25), (1.5, 2.25), (2.5, 3.25), (3.5, 4.25)]
+    spans = [(line.get_xdata()[0], *line.get_ydata()) for line in joined.lines]
+    # bars that share a method stand side by side
+    assert spans == [(0, -0.3, 1.3), (1, 0.7, 2.3), (0, 1.7, 3.3)]
+    scale = axes.containers[0].lines[2][0].get_segments()[0]
+    np.testing.assert_allclose(scale[:, 0], [1, 3.5])
+    assert axes.texts[0].get_text() == "Nemenyi critical difference 2.5"
+    without = plots.rank_intervals(ranks, cliques=[], nemenyi=None, caption=CAPTION)
+    assert not without.axes[0].texts and not without.axes[1].lines
+
+
+def test_an_unknown_metric_is_refused():
+    sweep = sweep_table([1, 2], {"SVHN": "far"}, parameter="k", is_default=False)
+    with pytest.raises(InputError, match="did you mean 'auroc'"):
+        plots.sensitivity({"KNN": sweep}, metric="auc", caption=CAPTION)
 
 
 @pytest.mark.parametrize(
