@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from ood_helpers.detectors.ash import ASH
 from ood_helpers.detectors.base import Detector
-from ood_helpers.detectors.dice import DICE
+from ood_helpers.detectors.dice import DICE, DICEReAct
 from ood_helpers.detectors.energy import Energy, energy_score
+from ood_helpers.detectors.gen import GEN
+from ood_helpers.detectors.gradnorm import GradNorm
 from ood_helpers.detectors.himplos import HIMPLoS
+from ood_helpers.detectors.kl_matching import KLMatching
+from ood_helpers.detectors.knn import KNN
 from ood_helpers.detectors.line import LINe
 from ood_helpers.detectors.mahalanobis import Mahalanobis, MahalanobisEnsemble
 from ood_helpers.detectors.max_logit import MaxLogit
@@ -18,22 +23,32 @@ from ood_helpers.detectors.msp import MSP
 from ood_helpers.detectors.odin import ODIN
 from ood_helpers.detectors.pytorch_ood import PREFIX, PyTorchOOD
 from ood_helpers.detectors.react import ReAct
+from ood_helpers.detectors.scale import Scale
+from ood_helpers.detectors.vim import ViM
 from ood_helpers.errors import InputError, nearest
 
 __all__ = [
+    "ASH",
     "DETECTORS",
     "DICE",
+    "GEN",
+    "KNN",
     "MSP",
     "ODIN",
+    "DICEReAct",
     "Detector",
     "Energy",
+    "GradNorm",
     "HIMPLoS",
+    "KLMatching",
     "LINe",
     "Mahalanobis",
     "MahalanobisEnsemble",
     "MaxLogit",
     "PyTorchOOD",
     "ReAct",
+    "Scale",
+    "ViM",
     "create",
     "create_all",
     "energy_score",
@@ -43,11 +58,19 @@ DETECTORS: dict[str, type[Detector]] = {
     "msp": MSP,
     "max_logit": MaxLogit,
     "energy": Energy,
+    "gen": GEN,
+    "kl_matching": KLMatching,
+    "gradnorm": GradNorm,
     "odin": ODIN,
     "mahalanobis": Mahalanobis,
     "mahalanobis_ensemble": MahalanobisEnsemble,
+    "knn": KNN,
+    "vim": ViM,
     "react": ReAct,
     "dice": DICE,
+    "dice_react": DICEReAct,
+    "ash": ASH,
+    "scale": Scale,
     "himplos": HIMPLoS,
     "line": LINe,
 }

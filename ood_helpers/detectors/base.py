@@ -158,6 +158,19 @@ class Detector:
             none = " or None (off)" if optional else ""
             raise InputError(f"{self.title}: {field} is {value!r}, expected a number {bounds}{none}.")
 
+    def _check_integer(self, field: str, low: int, *, optional: bool = False) -> None:
+        value = getattr(self, field)
+        if value is None and optional:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            none = " or None" if optional else ""
+            raise InputError(f"{self.title}: {field} is {value!r}, expected a whole number from {low}{none}.")
+
+    def _check_choice(self, field: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, field)
+        if value not in choices:
+            raise InputError(f"{self.title}: {field} is {value!r}; {nearest(str(value), choices)}")
+
     def _check_flag(self, field: str) -> None:
         value = getattr(self, field)
         if not isinstance(value, bool):

@@ -1,6 +1,7 @@
 """DICE: directed sparsification of the head."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -57,5 +58,32 @@ class DICE(Detector):
         return self.contributions_ > lower
 
     def _score(self, shard: FeatureBank) -> Tensor:
-        head = self.head_.to(shard.features)
-        return energy_score(shard.features @ (head.weight * self.mask().to(head.weight)).T + head.bias)
+        return self._sparse_energy(shard.features)
+
+    def _sparse_energy(self, features: Tensor) -> Tensor:
+        head = self.head_.to(features)
+        return energy_score(features @ (head.weight * self.mask().to(head.weight)).T + head.bias)
+
+
+@dataclass
+class DICEReAct(DICE):
+    """Score S = logsumexp(min(f, c) (W * M)^T + b): ReAct's clipping before DICE's head, whose mask is that of `DICE`.
+
+    Hyper-parameters
+    ----------------
+    percentile : in [0, 100]; 10 for ImageNet in DICE's code
+    clip : c, above 0; 1.0 there
+    """
+
+    percentile: float = 10.0
+    clip: float = 1.0
+
+    title: ClassVar[str] = "DICE + ReAct"
+    source: ClassVar[str] = "Sun and Li, ECCV 2022, arXiv 2111.09805"
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_number("clip", 0, inf, open_low=True)
+
+    def _score(self, shard: FeatureBank) -> Tensor:
+        return self._sparse_energy(shard.features.clamp(max=self.clip))

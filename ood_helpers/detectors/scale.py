@@ -1,0 +1,37 @@
+"""SCALE: features scaled by how much of them lies in few entries."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ood_helpers.detectors.ash import energy_gain, largest_entries
+from ood_helpers.detectors.base import Detector
+from ood_helpers.detectors.energy import energy_score
+from ood_helpers.features import FeatureBank
+
+
+@dataclass
+class Scale(Detector):
+    """Score S = energy of the head on f * exp(s1 / s2), s1 = the sum of f, s2 that of its largest entries.
+
+    The largest entries are the k = D - round(D p / 100) that `ASH` keeps, at least one; nothing is set to 0. Features
+    are non-negative, as behind a ReLU.
+
+    Hyper-parameters
+    ----------------
+    percentile : p, in [0, 100]; 85 for ImageNet in the paper
+    """
+
+    percentile: float = 85.0
+
+    title: ClassVar[str] = "SCALE"
+    source: ClassVar[str] = "Xu et al., ICLR 2024, arXiv 2310.00227"
+
+    def _check(self) -> None:
+        self._check_number("percentile", 0, 100)
+
+    def _score(self, shard: FeatureBank) -> Tensor:
+        kept, _ = largest_entries(shard.features, self.percentile)
+        scaled = shard.features * energy_gain(shard.features, kept)
+        return energy_score(self.head_.to(scaled).logits(scaled))
