@@ -520,7 +520,8 @@ class Experiment:
         for settings, detector in track(variants, description=f"{self._label(row)} sweep", unit="setting"):
             lines += [settings | line for line in self._compare(detector, id_set, ood_sets)]
         # objects, so that None (off) and the type of each value survive
-        return pd.DataFrame(lines).astype(dict.fromkeys(grid, object))
+        table = pd.DataFrame(lines, dtype=object)
+        return table.astype({"ood_set": str, "group": str, "fpr95": float, "auroc": float})
 
     def _compare(self, detector: Detector, id_set: str, ood_sets: Mapping[str, str]) -> Iterator[dict]:
         id_scores = detector.score_samples(self._bank_for(detector, id_set))

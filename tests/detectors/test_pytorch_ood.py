@@ -61,7 +61,7 @@ def problem():
     """(training bank, head, bank) in float32, as banks on disk are; most training images are classified correctly."""
     train, head, bank = random_problem(CLASSES, DIMENSION, 200, train=TRAIN)
     labels = train.logits.argmax(1)
-    labels[::5] = torch.arange(TRAIN)[::5] % CLASSES
+    labels[::5] = (torch.arange(TRAIN) // 5 % CLASSES)[::5]
     train = FeatureBank(train.features, train.logits, labels)
     return cast(train, torch.float32), head.to(torch.float32), cast(bank, torch.float32)
 
@@ -271,10 +271,9 @@ EQUAL = [
     ("dice", {"percentile": 70}, "DICE", {"p": 0.7}),
     ("knn", {"k": 7}, "KNN", {"k": 7}),
     ("vim", {"dimension": 20}, "ViM", {"d": 20}),
-    ("kl_matching", {}, "KLMatching", {}),
-    ("ash", {"variant": "S", "percentile": 65}, "ASH", {"variant": "ash-s", "percentile": 0.65}),
-    ("ash", {"variant": "P", "percentile": 80}, "ASH", {"variant": "ash-p", "percentile": 0.8}),
-    ("ash", {"variant": "B", "percentile": 80}, "ASH", {"variant": "ash-b", "percentile": 0.8}),
+    ("ash", {"variant": "s", "percentile": 65}, "ASH", {"variant": "ash-s", "percentile": 0.65}),
+    ("ash", {"variant": "p", "percentile": 80}, "ASH", {"variant": "ash-p", "percentile": 0.8}),
+    ("ash", {"variant": "b", "percentile": 80}, "ASH", {"variant": "ash-b", "percentile": 0.8}),
     ("scale", {"percentile": 85}, "SCALE", {"percentile": 0.85}),
 ]
 
@@ -325,40 +324,118 @@ def test_mahalanobis_a_direction_without_variance_counts_only_in_theirs(problem)
     assert abs(spearmanr(ours, theirs).statistic) < 0.3
 
 
+def kl_to_nearest(p, templates):
+    """min_k sum_c p_c log(p_c / d_kc) of p [N, C] and d [K, C]."""
+    return torch.stack([(p * (p / d).log()).sum(1) for d in templates]).amin(0)
+
+
+def test_kl_matching_theirs_has_templates_of_predicted_classes(problem):
+    """Ours has those of labelled ones. The images that are classified wrongly, a fifth here, make the difference."""
+    train, head, bank = problem
+    p, train_p = bank.logits.double().softmax(1), train.logits.double().softmax(1)
+    predicted = train.logits.argmax(1)
+    assert 0.7 < (predicted == train.labels).double().mean() < 0.9
+    theirs, ours = scores(problem, "pytorch_ood.KLMatching"), scores(problem, "kl_matching")
+    for found, classes in ((theirs, predicted), (ours, train.labels)):
+        templates = [train_p[classes == k].mean(0) for k in range(CLASSES)]
+        assert_allclose(-found, kl_to_nearest(p, templates), rtol=1e-4, atol=1e-6)
+    assert (theirs - ours).abs().max() > 0.01
+    as_predicted = (FeatureBank(train.features, train.logits, predicted), head, bank)
+    assert_allclose(scores(as_predicted, "kl_matching"), theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_kl_matching_theirs_goes_without_a_class_that_is_never_predicted(problem):
+    """Ours wants images of every class, and asks for no prediction."""
+    train, head, bank = problem
+    rare = train.logits.argmax(1) != 3
+    smaller = FeatureBank(train.features[rare], train.logits[rare], train.labels[rare])
+    train_p, predicted = smaller.logits.double().softmax(1), smaller.logits.argmax(1)
+    templates = [train_p[predicted == k].mean(0) for k in range(CLASSES) if k != 3]
+    theirs = create("pytorch_ood.KLMatching").fit(smaller, head).score_samples(bank)
+    assert_allclose(-theirs, kl_to_nearest(bank.logits.double().softmax(1), templates), rtol=1e-4, atol=1e-6)
+    assert (smaller.labels == 3).any()
+    assert create("kl_matching").fit(smaller, head).templates_.shape == (CLASSES, CLASSES)
+
+
 @pytest.mark.parametrize("top", [4, CLASSES])
 def test_gen_theirs_averages_where_ours_sums(top, problem):
-    """Ours = M times theirs: the same ranking, as long as no probability is below 1e-7."""
+    """Ours is M times theirs: the same ranking, as long as no probability is below 1e-7."""
     assert problem[2].logits.softmax(1).amin() > 1e-7
     theirs = scores(problem, "pytorch_ood.GEN", gamma=0.1, M=top)
     assert_allclose(top * theirs, scores(problem, "gen", gamma=0.1, top=top), rtol=1e-5)
 
 
-def test_gen_theirs_clamps_probabilities(problem):
-    """To [1e-7, 1 - 1e-7], so that they tie confident samples; ours follows them on."""
+def test_gen_theirs_ties_confident_samples(problem):
+    """They clamp probabilities to [1e-7, 1 - 1e-7]; ours tells the samples apart."""
     train, head, _ = problem
     logits = torch.zeros(3, CLASSES)
     logits[:, 0] = torch.tensor([20.0, 25, 30])
     bank = FeatureBank(torch.zeros(3, DIMENSION), logits)
     theirs = create("pytorch_ood.GEN").fit(train, head).score_samples(bank)
-    p = logits.double().softmax(1).clamp(1e-7, 1 - 1e-7)
-    assert_allclose(theirs, -(p * (1 - p)).pow(0.1).mean(1), rtol=1e-2)
-    assert theirs.diff().abs().max() == 0
-    assert (create("gen").fit(train, head).score_samples(bank).diff() > 0).all()
+    p = logits.softmax(1).clamp(1e-7, 1 - 1e-7)
+    assert_allclose(theirs, -(p * (1 - p)).pow(0.1).mean(1), rtol=1e-6)
+    assert (theirs == theirs[0]).all()
+    assert (create("gen").fit(train, head).score_samples(bank).diff() > 0.01).all()
 
 
-def test_gradnorm_theirs_on_the_head_weights(problem):
-    """Theirs has no interface for features; given the head as the network and its weight as the parameter, they compute
-    ||softmax(z) - u||_1 ||f||_1 / C of the mean over classes, and ours of the sum, as the authors: a factor C."""
+@pytest.mark.parametrize("dimension", [DIMENSION, DIMENSION + 1])
+def test_vim_theirs_has_other_rules_for_a_space_without_residual(dimension, problem):
+    """For d = D they divide by a residual of 0, and for d > D they quietly take D // 2; ours refuses both."""
+    if dimension > DIMENSION:
+        found = scores(problem, "pytorch_ood.ViM", d=dimension)
+        assert_allclose(found, scores(problem, "vim", dimension=DIMENSION // 2), rtol=1e-3, atol=1e-3)
+    else:
+        with pytest.raises(InputError, match=r"ViM \(pytorch-ood\): 200 of .* NaN or infinite scores"):
+            scores(problem, "pytorch_ood.ViM", d=dimension)
+    with pytest.raises(InputError, match=f"dimension is {dimension}, expected less than the 60 features"):
+        scores(problem, "vim", dimension=dimension)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("ash", "ASH"), ("scale", "SCALE")])
+def test_ash_and_scale_theirs_divide_by_zero_for_a_feature_of_zeros(ours, theirs, problem):
+    """Ours leaves it zero, so that its logits are the biases."""
+    train, head, _ = problem
+    bank = make_bank(torch.zeros(1, DIMENSION), head)
+    with pytest.raises(InputError, match="NaN or infinite scores"):
+        create(f"pytorch_ood.{theirs}").fit(train, head).score_samples(bank)
+    assert_allclose(
+        create(ours).fit(train, head).score_samples(bank), energy_score(head.bias[None]), rtol=1e-6
+    )
+
+
+def test_ash_theirs_keeps_nothing_at_percentile_100(problem):
+    """Ours keeps at least one entry."""
+    _, head, bank = problem
+    theirs = scores(problem, "pytorch_ood.ASH", variant="ash-p", percentile=1.0)
+    assert_allclose(theirs, float(energy_score(head.bias[None])), rtol=1e-6)
+    largest = torch.where(bank.features == bank.features.amax(1, keepdim=True), bank.features, 0)
+    expected = energy_score(head.logits(largest))
+    assert_allclose(scores(problem, "ash", variant="p", percentile=100), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_gradnorm_theirs_needs_the_network_where_ours_is_a_formula(temperature, problem):
+    """Theirs takes no features. With the head alone as their network, of which only the weight counts, it is ours."""
     from pytorch_ood.detector import GradNorm
 
     _, head, bank = problem
     linear = nn.Linear(DIMENSION, CLASSES)
     linear.weight, linear.bias = nn.Parameter(head.weight), nn.Parameter(head.bias)
-    theirs = -GradNorm(linear, param_filter=lambda name: name == "weight").predict(bank.features).double()
-    p = bank.logits.double().softmax(1)
-    closed_form = (p - 1 / CLASSES).abs().sum(1) * bank.features.double().abs().sum(1)
-    assert_allclose(theirs, closed_form, rtol=1e-5)
-    assert_allclose(scores(problem, "gradnorm"), closed_form, rtol=1e-5)
+    theirs = GradNorm(linear, param_filter=lambda name: name == "weight", temperature=temperature)
+    ours = scores(problem, "gradnorm", temperature=temperature)
+    assert_allclose(-theirs.predict(bank.features), ours, rtol=1e-5)
+
+
+def test_gradnorm_theirs_counts_every_parameter_by_default(problem):
+    """With the head alone as the network that adds the gradient by the bias, sum_c |p_c - 1 / C|."""
+    from pytorch_ood.detector import GradNorm
+
+    _, head, bank = problem
+    linear = nn.Linear(DIMENSION, CLASSES)
+    linear.weight, linear.bias = nn.Parameter(head.weight), nn.Parameter(head.bias)
+    of_the_bias = (bank.logits.double().softmax(1) - 1 / CLASSES).abs().sum(1)
+    ours = scores(problem, "gradnorm")
+    assert_allclose(-GradNorm(linear).predict(bank.features), ours + of_the_bias, rtol=1e-5)
 
 
 def test_fpr_theirs_takes_ood_as_the_positive_class():
