@@ -629,6 +629,7 @@ class Experiment:
 
     def _evaluated(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
         """The bootstrap resamples {"fpr95/<set>": [R], "auroc/<set>": [R]} of a row and its lines of the results."""
+        _ = self.id_accuracy  # the guard stops here, before anything is scored or read
         parts = [self._score_fingerprint(row), self.config.name, self.seed, self.ood_groups]
         parts += [self.config.metrics.model_dump(), [ood.name for ood in self.config.ood]]
         fingerprint = sha256_of_json([*parts, _hash_of([metrics, results, sys.modules[__name__]])])
