@@ -541,10 +541,17 @@ class Experiment:
             raise InputError(
                 f"There is no grid for {row!r} in {self.config.name}; add tuning.grids.{row} to the config."
             )
-        table = self.sweep(row, grids[row], "validation", {"tuning": self.config.tuning.name})
+
+        def compute() -> tuple[dict, list[dict]]:
+            table = self.sweep(row, grids[row], "validation", {"tuning": self.config.tuning.name})
+            return {}, table.drop(columns=["ood_set", "group"]).to_dict("records")
+
+        tuned = row + TUNED
+        lines = self._kept(f"{tuned}.grid", self._score_fingerprint(tuned), compute)[1]
+        table = pd.DataFrame(lines, dtype=object).astype({"fpr95": float, "auroc": float})
         values = table[self.config.tuning.metric]
         best = values.idxmin() if self.config.tuning.metric == "fpr95" else values.idxmax()
-        return table.drop(columns=["ood_set", "group"]).assign(chosen=table.index == best)
+        return table.assign(chosen=table.index == best)
 
     def sample_size(
         self, rows: Iterable[str], images_per_class: Iterable[int], draws: int = 3

@@ -77,8 +77,8 @@ def write_results(results: pd.DataFrame, path: Path) -> None:
 
 
 def read_results(path: Path) -> pd.DataFrame:
-    """Read a results.csv."""
-    return pd.read_csv(path)
+    """Read a results.csv; columns that an earlier version did not write are empty."""
+    return pd.read_csv(path).reindex(columns=COLUMNS)
 
 
 def wide_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:

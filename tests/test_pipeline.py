@@ -126,14 +126,15 @@ def test_the_record_trains_and_passes_nothing(finished, tmp_path):
 
 
 def test_tuning_sees_the_validation_images_and_the_outliers_only(finished, monkeypatch):
-    run = small(finished[0])
-    run.detector("react")
-    asked, bank = set(), run.bank
-    monkeypatch.setattr(run, "bank", lambda name: asked.add(name) or bank(name))
+    run = small(finished[0], "tuning.grids={react: {percentile: [60.0, 98.0]}}")
+    scored, bank_for = set(), run._bank_for
+    monkeypatch.setattr(run, "_bank_for", lambda *asked: scored.add(asked[1]) or bank_for(*asked))
     table = run.tune("react")
-    assert asked == {"validation", "tuning"}
-    assert table.percentile.tolist() == [70.0, 99.0] and table.chosen.sum() == 1
+    assert scored == {"validation", "tuning"}
+    assert table.percentile.tolist() == [60.0, 98.0] and table.chosen.sum() == 1
     assert table.auroc[table.chosen].item() == table.auroc.max()
+    monkeypatch.setattr(run, "sweep", lambda *_: pytest.fail("tuned again"))
+    pd.testing.assert_frame_equal(run.tune("react"), table)
 
 
 def test_a_tuned_row_is_the_detector_with_the_chosen_values(finished):

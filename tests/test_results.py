@@ -72,6 +72,13 @@ def test_results_survive_the_file(tmp_path):
     assert (tmp_path / "results.csv").read_bytes().count(b"\r") == 0
 
 
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    rows()[COLUMNS[: COLUMNS.index("data_sha256")]].to_csv(tmp_path / "results.csv", index=False)
+    read = read_results(tmp_path / "results.csv")
+    assert list(read.columns) == COLUMNS and read.tuned_on.isna().all()
+    assert "| MSP |" in markdown_table(read, "fpr95")
+
+
 def test_wide_table_puts_near_first_and_adds_group_means():
     table = wide_table(rows(), "fpr95")
     assert list(table.columns) == ["near_set", "far set", "far two", "mean near", "mean far", "mean"]

@@ -19,8 +19,8 @@ BLOCK = 8192  # training features in a block
 class KNN(Detector):
     """Score S = -(distance of f / ||f|| to the k-th nearest f' / ||f'|| of the ID training features f').
 
-    Exact. For unit vectors the distance is sqrt(2 - 2 cos), so the k largest cosines are kept while the training
-    features pass block by block. Memory: CHUNK * (BLOCK + 2 k) numbers beside one training shard, whatever the number
+    Exact, and float64 whatever the bank's dtype: for unit vectors the distance is sqrt(2 - 2 cos), which float32 would
+    round to 0 for near duplicates. The k largest cosines are kept while the training features pass block by block. Memory: CHUNK * (BLOCK + 2 k) numbers beside one training shard, whatever the number
     of training images is. A feature of zeros has the cosine 0 with all others.
 
     Hyper-parameters
@@ -47,7 +47,7 @@ class KNN(Detector):
             raise InputError(
                 f"KNN: k is {self.k}, expected at most the number of training images, {len(self.train_bank_)}; lower it."
             )
-        queries = normalize(shard.features, dim=1)
+        queries = normalize(shard.features.double(), dim=1)
         nearest = [chunk.new_empty(len(chunk), 0) for chunk in queries.split(CHUNK)]
         for train in self.train_bank_.shards():
             for block in train.features.split(BLOCK):
