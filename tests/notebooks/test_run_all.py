@@ -13,7 +13,12 @@ from ood_helpers.config import PROJECT_ROOT
 from ood_helpers.results import COLUMNS
 from ood_helpers.runner import notebook_names
 
-METHODS = {"MSP", "MaxLogit", "Energy", "ReAct", "DICE", "HIMPLoS", "HIM only", "PLoS only", "LINe"}
+METHODS = {
+    "MSP", "MaxLogit", "Energy", "GEN", "KL matching", "ODIN", "GradNorm", "Mahalanobis", "Mahalanobis (ensemble)",
+    "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe",
+}  # fmt: skip
+TUNED = METHODS - {"MSP", "MaxLogit", "Energy", "KL matching", "ODIN", "GradNorm"}
+TUNED -= {"Mahalanobis", "Mahalanobis (ensemble)"}
 
 
 def run_all(folder, *arguments):
@@ -31,21 +36,35 @@ def run_all(folder, *arguments):
     return finished.returncode, finished.stdout + finished.stderr
 
 
-def check_outputs(folder, name, sets):
-    """What every complete run leaves; returns its results."""
+def check_outputs(folder, name, sets, related):
+    """What every complete run leaves; `related` sets resemble those tuned on. Returns the results of the defaults."""
     results = pd.read_csv(folder / "runs" / name / "results.csv")
     assert list(results.columns) == COLUMNS
-    assert set(results.method) == METHODS
-    assert results.groupby("method").ood_set.apply(set).eq(sets).all()
+    assert set(results.method) == METHODS | {f"{method} (tuned)" for method in TUNED}
+    tuned = results.method.str.endswith("(tuned)")
+    by_method = results.groupby("method").ood_set
+    for method, found in by_method.apply(set).items():
+        assert found == (sets - related if method.endswith("(tuned)") else sets), method
+    assert results[tuned].tuned_on.notna().all()
+    assert results[~tuned & results.tuned_on.notna()].method.unique().tolist() == ["Mahalanobis (ensemble)"]
+    results = results[~tuned]
     manifest = json.loads((folder / "runs" / name / "manifest.json").read_text())
     assert set(manifest["notebooks"]) == set(notebook_names())
-    assert set(manifest["inputs"]["seed0"]["banks"]) == {"train", "test", *sets}
+    assert set(manifest["inputs"]["seed0"]["banks"]) == {"train", "validation", "test", "tuning", *sets}
     figures = {path.name for path in (folder / "figures" / name).iterdir()}
     assert set(manifest["outputs"]) == figures - {"manifest.json"}
-    for stem in ("12_line_masks", "11_himplos_logits", "30_results", "03_precompute_projection"):
+    stems = ["12_line_masks", "11_himplos_logits", "30_results", "03_precompute_projection"]
+    stems += ["20_ablations_sensitivity", "20_ablations_sample_size", "30_results_paired_differences"]
+    for stem in [
+        *stems,
+        "30_results_mean_rank",
+        "30_results_tuned",
+        "30_results_fpr_conventions",
+        "30_results_cost",
+    ]:
         assert {f"{stem}.png", f"{stem}.svg"} <= figures
     for suffix in ("csv", "md", "tex"):
-        assert f"30_results_fpr95.{suffix}" in figures
+        assert {f"30_results_fpr95.{suffix}", f"30_results_tuned_auroc.{suffix}"} <= figures
     report = (folder / "runs" / name / "report.html").read_text()
     for link in re.findall(r'href="(notebooks/[^"]+)"', report):
         assert (folder / "runs" / name / link).exists()
@@ -70,7 +89,8 @@ def digits(tmp_path_factory):
 def test_digits_run_from_nothing_to_the_report(digits):
     folder, _, (status, output) = digits
     assert status == 0, output
-    check_outputs(folder, "digits", {"letters", "chimeras", "photographs", "textures", "noise"})
+    sets = {"letters", "chimeras", "photographs", "textures", "noise"}
+    check_outputs(folder, "digits", sets, related={"chimeras"})
     assert "report.html" in output and "results.csv" in output
     assert "small demonstration" in output  # honest about what it is
 
@@ -122,20 +142,24 @@ def test_list_names_notebooks_experiments_and_detectors(tmp_path):
 
 
 def test_real_cifar10_run_from_images_to_the_report(shared, tmp_path):
-    subsets = [
-        f"ood.{name}.images.subset.first=256" for name in ("SVHN", "Textures", "Tiny-ImageNet", "CIFAR-100")
-    ]
-    settings = [*subsets, "id.train.subset.first=512", "id.test.subset.first=256"]
-    settings += ["backbone.expected_accuracy=94.92", "backbone.tolerance=0.01"]  # 243 of the first 256
+    sets = {"SVHN", "Textures", "Tiny-ImageNet", "CIFAR-100"}
+    settings = [f"ood.{name}.images.subset.first=96" for name in sets]
+    settings += ["tuning.images.subset.first=96", "id.train.subset.first=512", "id.test.subset.first=128"]
+    settings += ["id.validation.subset.first=64", "mahalanobis_ensemble.noise=0.0005"]
+    settings += ["backbone.expected_accuracy=93.7500", "backbone.tolerance=0.01"]  # 120 of images 218 to 345
     status, output = run_all(
         tmp_path, "--config", "cifar10_npz", "--data-root", shared, "--jobs", "2", "--set", *settings
     )
     assert status == 0, output
-    results = check_outputs(tmp_path, "cifar10_npz", {"SVHN", "Textures", "Tiny-ImageNet", "CIFAR-100"})
-    assert results.id_accuracy.unique().tolist() == pytest.approx([100 * 243 / 256], abs=1e-3)
-    assert results.n_id.eq(256).all() and results.n_ood.eq(256).all()
-    means = results.groupby("method").auroc.mean()
+    results = check_outputs(tmp_path, "cifar10_npz", sets, related={"Tiny-ImageNet"})
+    assert results.id_accuracy.unique().tolist() == pytest.approx([100 * 120 / 128], abs=1e-3)
+    assert results.n_id.eq(128).all() and results.n_ood.eq(96).all()
+    means = results[results.group == "far"].groupby("method").auroc.mean()
     assert means.min() > 60  # every method has learnt something from the real features
+    assert results.groupby("method").extra_passes.first().gt(0).pipe(lambda some: set(some[some].index)) == {
+        "ODIN",
+        "Mahalanobis (ensemble)",
+    }
     published = results[results.published_fpr95.notna()]
     assert set(published.ood_set) == {"SVHN", "Textures"} and "Energy" in set(published.method)
     manifest = (tmp_path / "runs" / "cifar10_npz" / "manifest.json").read_text()
