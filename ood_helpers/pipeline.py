@@ -561,7 +561,7 @@ class Experiment:
         Returns
         -------
         one line a method, number of images and draw: method, images_per_class, draw, and the mean over OOD sets
-        of fpr95 and auroc in percent
+        of fpr95 and auroc in percent, NaN where a method refuses so few images
         """
         train, lines, generator = self.bank("train").load(), [], np.random.default_rng(self.seed)
         by_class = [np.flatnonzero(train.labels.numpy() == k) for k in range(self.config.id.num_classes)]
@@ -576,11 +576,14 @@ class Experiment:
             taps = {name: tap[taken] for name, tap in train.taps.items()}
             subset = FeatureBank(train.features[taken], train.logits[taken], train.labels[taken], taps)
             detector = copy.copy(self._unfitted(row))
-            self._fit(detector, subset)
-            values = pd.DataFrame(self._compare(detector, "test", self.ood_groups))[["fpr95", "auroc"]].mean()
-            lines.append(
-                {"method": self._label(row), "images_per_class": count, "draw": draw, **values.to_dict()}
-            )
+            line = {"method": self._label(row), "images_per_class": count, "draw": draw}
+            try:
+                self._fit(detector, subset)
+            except InputError:  # too few for this method, ViM for example
+                lines.append(line | {"fpr95": np.nan, "auroc": np.nan})
+                continue
+            values = pd.DataFrame(self._compare(detector, "test", self.ood_groups))
+            lines.append(line | values[["fpr95", "auroc"]].mean().to_dict())
         return pd.DataFrame(lines)
 
     # ---- scores and results -----------------------------------------------------------------------------

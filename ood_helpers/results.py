@@ -55,7 +55,7 @@ def published_values(published: PublishedConfig | None, method: str, ood_set: st
         return values
     table = _published_table()
     found = table[
-        (table.method == method)
+        (table.method.map(_plain) == _plain(method))
         & (table.id_set == published.id_set)
         & (table.architecture == published.architecture)
         & (table.ood_set == published.ood_sets[ood_set])
@@ -64,6 +64,11 @@ def published_values(published: PublishedConfig | None, method: str, ood_set: st
         return values
     row = found.iloc[0]
     return {"published_fpr95": row.fpr95, "published_auroc": row.auroc, "published_source": row.source}
+
+
+def _plain(method: str) -> str:
+    """A method's name without what spellings differ in: KL Matching, KL matching; DICE+ReAct, DICE + ReAct."""
+    return method.lower().replace(" ", "")
 
 
 @cache

@@ -188,6 +188,7 @@ def test_sample_sizes_end_in_the_result_of_all_training_images(finished):
         assert found[found.images_per_class == 1000].fpr95.tolist() == pytest.approx([expected] * 2, abs=0.3)
     few = samples[(samples.method == "HIMPLoS") & (samples.images_per_class == 2)]
     assert few.auroc.nunique() == 2  # two draws, two sets of prototypes
+    assert small(folder).sample_size(["vim"], [1], draws=1).fpr95.isna().all()  # refuses 10 images
 
 
 def test_resamples_are_the_ones_behind_the_intervals(finished):

@@ -83,7 +83,7 @@ def test_notebooks_are_committed_without_outputs_and_with_parameters(path):
     source = "\n".join(cell.source for cell in code)
     for call in ast.walk(ast.parse(source)):
         if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("save_figure", "export_tables"):
-            name = call.args[1].value
+            name = ast.unparse(call.args[1]).lstrip("f'\"")
             assert name.startswith(path.stem), f"the output {name} does not start with its notebook's name"
 
 

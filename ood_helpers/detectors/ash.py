@@ -23,7 +23,7 @@ class ASH(Detector):
     - is multiplied by exp(s1 / s2) (variant s);
 
     all others become 0. Features are non-negative, as behind a ReLU. Of equal entries at the border just as many
-    are kept as make k; at least one entry is. A feature of zeros stays zero.
+    are kept as make k, the first ones; at least one entry is. A feature of zeros stays zero.
 
     Hyper-parameters
     ----------------
@@ -58,9 +58,14 @@ class ASH(Detector):
 
 
 def largest_entries(features: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
-    """The k = max(1, D - round(D percentile / 100)) largest entries of each feature [N, D], and their places: two [N, k]."""
+    """The k = max(1, D - round(D percentile / 100)) largest entries of each feature [N, D], and their places: two [N, k].
+
+    Of equal entries the first ones are taken, on every device.
+    """
     dropped = round(features.shape[1] * Fraction(repr(float(percentile))) / 100)
-    return features.topk(max(1, features.shape[1] - dropped), dim=1)
+    ordered = features.sort(dim=1, descending=True, stable=True)
+    kept = slice(max(1, features.shape[1] - dropped))
+    return ordered.values[:, kept], ordered.indices[:, kept]
 
 
 def energy_gain(features: Tensor, kept: Tensor) -> Tensor:

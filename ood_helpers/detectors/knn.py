@@ -41,12 +41,16 @@ class KNN(Detector):
     def _fit(self, train_bank: Bank) -> None:
         self._check_training_features(train_bank)
         self.train_bank_ = train_bank
+        self._check_neighbours()
 
-    def _score(self, shard: FeatureBank) -> Tensor:
+    def _check_neighbours(self) -> None:
         if self.k > len(self.train_bank_):
             raise InputError(
                 f"KNN: k is {self.k}, expected at most the number of training images, {len(self.train_bank_)}; lower it."
             )
+
+    def _score(self, shard: FeatureBank) -> Tensor:
+        self._check_neighbours()
         queries = normalize(shard.features.double(), dim=1)
         nearest = [chunk.new_empty(len(chunk), 0) for chunk in queries.split(CHUNK)]
         for train in self.train_bank_.shards():

@@ -79,14 +79,18 @@ class ViM(Detector):
         return self._cached(self.dimension_, self._alpha)
 
     def _alpha(self) -> float:
+        # Eigenvalues of 0 come out of the eigensolver as rounding errors of the largest; ascending order.
+        rounding = len(self.eigenvalues_) * torch.finfo(torch.float64).eps * self.eigenvalues_[-1]
+        if self.eigenvalues_[-1 - self.dimension_] <= rounding:
+            raise InputError(
+                f"ViM: the training features span {int((self.eigenvalues_ > rounding).sum())} dimensions, expected more than "
+                f"the {self.dimension_} of the principal space, so that a residual is left; lower dimension or take more "
+                "training images."
+            )
         logits = norms = 0.0
         for shard in self.train_bank_.shards():
             logits += float(shard.logits.double().amax(dim=1).sum())
             norms += float(self._norms(shard).sum())
-        if norms == 0:
-            raise InputError(
-                f"ViM: the training features have no residual beyond dimension {self.dimension_}, expected some; lower it."
-            )
         return logits / norms
 
     def residual_norms(self, bank: Bank) -> Tensor:
