@@ -355,7 +355,7 @@ def test_class_means_need_labelled_images_of_every_class(cls, problem):
 @pytest.mark.parametrize(
     ("example", "queries", "noise", "expected"),
     [
-        # The third query of the sheet is a mean, where rounding decides the sign of the gradient.
+        # The third query of the sheet is a mean and has a test of its own: here rounding would decide its gradient.
         (H8, [[1, 0], [3, 3], [10, -2]], 0.1, [-1.0875, -2.7075, -110.7375]),
         (V12, [[3, 3]], 0.01, [-1.525250]),
     ],
@@ -369,6 +369,12 @@ def test_a_step_towards_the_nearest_class(example, queries, noise, expected):
         assert_allclose(scores[0, :, layer], expected, atol=1e-9)
     plain = layers["a"].log_densities(pixels.flatten(1)).amax(1)
     assert_allclose(scores[1, :, 0], plain, atol=1e-12)
+
+
+def test_a_step_from_a_class_mean_goes_where_a_zero_gradient_counts_as_positive():
+    mean = torch.tensor([[6.0, 5.0]], dtype=torch.float64)
+    moved = step_by_sign(mean, torch.zeros_like(mean), -0.1)
+    assert_allclose(gaussians_of(H8).log_densities(moved).amax(1), [-0.0075], atol=1e-12)
 
 
 def test_the_score_is_the_log_odds_of_being_in():

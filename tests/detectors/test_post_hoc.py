@@ -349,6 +349,16 @@ def test_knn_of_a_training_image_and_of_its_opposite(head):
     assert scores[1] == pytest.approx(-2, abs=1e-12)
 
 
+def test_knn_keeps_near_duplicates_apart():
+    """In float32 the cosine of the two is 1 up to 1e-6 of distance, and noise below 1e-3."""
+    head = Head(torch.eye(3), torch.zeros(3))
+    train = make_bank(torch.eye(3), head, torch.arange(3))
+    gaps = torch.tensor([1e-3, 1e-4, 1e-5, 1e-6])
+    near = torch.stack([torch.ones(4), gaps, torch.zeros(4)], dim=1)
+    scores = KNN(k=1).fit(train, head).score_samples(make_bank(near, head))
+    assert_allclose(scores, -gaps.double(), rtol=1e-3)
+
+
 def test_knn_of_features_of_zeros_is_finite(head, train_bank):
     zeros = make_bank(torch.zeros(2, 4, dtype=torch.float64), head)
     assert KNN(k=1).fit(train_bank, head).score_samples(zeros).isfinite().all()
