@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata, studentized_range
 
 from ood_helpers import metrics
 from ood_helpers.config import PublishedConfig
@@ -269,6 +268,8 @@ def rank_intervals(
     method, mean_rank, low, high (95 % interval over the images); best first
     """
     methods, sign = list(resamples), 1 if metric == "fpr95" else -1
+    from scipy.stats import rankdata  # late: importing scipy.stats takes half a second
+
     values = wide_table(results, metric).loc[methods, list(ordered_sets(results))].to_numpy()
     drawn = rankdata(sign * np.stack(list(resamples.values())), axis=0).mean(axis=1)
     low, high = np.transpose([metrics.interval(ranks) for ranks in drawn])
@@ -303,6 +304,8 @@ def nemenyi_distance(methods: int, sets: int) -> float:
 
     Source: Demsar, JMLR 7 (2006), section 3.2.2.
     """
+    from scipy.stats import studentized_range
+
     q = studentized_range.ppf(0.95, methods, np.inf) / np.sqrt(2)
     return float(q * np.sqrt(methods * (methods + 1) / (6 * sets)))
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torchvision.models
 from torch import Tensor
 
 from ood_helpers.backbones.base import Classifier
@@ -17,7 +16,9 @@ class ResNet50(Classifier):
 
     def __init__(self, num_classes: int = 1000):
         super().__init__()
-        network = torchvision.models.resnet50(num_classes=num_classes)
+        from torchvision.models import resnet50  # late: importing torchvision takes a second
+
+        network = resnet50(num_classes=num_classes)
         self.conv1, self.bn1, self.relu, self.maxpool = (
             network.conv1,
             network.bn1,
@@ -41,7 +42,9 @@ class MobileNetV2(Classifier):
 
     def __init__(self, num_classes: int = 1000):
         super().__init__()
-        network = torchvision.models.mobilenet_v2(num_classes=num_classes)
+        from torchvision.models import mobilenet_v2
+
+        network = mobilenet_v2(num_classes=num_classes)
         self.layers = network.features
         self.head = network.classifier[1]
 
@@ -62,7 +65,9 @@ def load_torchvision_weights(network: Classifier, architecture: str, weights: st
     InputError : no such name, or the network's number of classes is not that of the weights
     MissingDataError : the download failed
     """
-    enum = torchvision.models.get_model_weights(architecture)
+    from torchvision.models import get_model_weights
+
+    enum = get_model_weights(architecture)
     if weights not in enum.__members__:
         raise InputError(
             f"torchvision has no weights {weights!r} for {architecture}; {nearest(weights, enum.__members__)}"

@@ -19,7 +19,6 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import gaussian_filter
-from sklearn.datasets import load_digits, load_sample_images
 
 SIDE, BLOCK = 32, 4  # bitmap and block of the NIST preprocessing
 LEVELS = np.rint(np.arange(BLOCK * BLOCK + 1) * 255 / BLOCK**2).astype(np.uint8)
@@ -65,6 +64,8 @@ def _digit_split(split: str) -> tuple[np.ndarray, np.ndarray]:
     In a fixed pseudo-random order the classes are interleaved in proportion to their sizes; the splits are
     runs of that order, which makes them stratified. PCG64's raw stream is the same in every numpy release.
     """
+    from sklearn.datasets import load_digits  # late: importing scikit-learn takes a second
+
     data = load_digits()
     labels = data.target.astype(np.int64)
     shuffled = np.random.PCG64(0).random_raw(len(labels)).argsort()
@@ -159,6 +160,8 @@ def photographs(count: int, seed: int) -> np.ndarray:
     have, are drawn again.
     """
     generator = np.random.default_rng([seed, 3])
+    from sklearn.datasets import load_sample_images
+
     photos = [Image.fromarray(photo).convert("L") for photo in load_sample_images().images]
     bitmaps = np.zeros((count, SIDE, SIDE), dtype=bool)
     for bitmap in bitmaps:

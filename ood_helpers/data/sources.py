@@ -7,9 +7,9 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torchvision import datasets
 
 from ood_helpers import config
 from ood_helpers.data import embedded
@@ -344,9 +344,10 @@ def _open_torchvision(images: config.TorchvisionImages, cache_dir: Path) -> Imag
         raise InputError(
             f"torchvision's {images.dataset} has no split {images.split!r}; {nearest(images.split, splits)}"
         )
-    root = _place(images.root)
-    _provide_torchvision(images, root)
-    dataset_class = getattr(datasets, images.dataset)
+    from torchvision import datasets  # late: importing torchvision takes a second
+
+    root, dataset_class = _place(images.root), getattr(datasets, images.dataset)
+    _provide_torchvision(images, dataset_class, root)
     options = {
         "CIFAR10": {"train": images.split == "train"},
         "CIFAR100": {"train": images.split == "train"},
@@ -378,9 +379,8 @@ def _open_torchvision(images: config.TorchvisionImages, cache_dir: Path) -> Imag
     return ImageSet("", source, root=root, files=files, labels=labels, class_names=class_names)
 
 
-def _provide_torchvision(images: config.TorchvisionImages, root: Path) -> None:
-    """Put what torchvision expects below `root`, verified by the MD5 sums torchvision knows."""
-    dataset = getattr(datasets, images.dataset)
+def _provide_torchvision(images: config.TorchvisionImages, dataset: Any, root: Path) -> None:
+    """Put what torchvision expects below `root`, verified by the MD5 sums its class `dataset` knows."""
     if images.dataset == "SVHN":
         url, file_name, md5 = dataset.split_list[images.split]
         _provide(images, url, root / file_name, md5)

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from ood_helpers.config import TransformConfig
 from ood_helpers.data.image_set import ImageSet
@@ -32,6 +30,10 @@ class Transform(TransformConfig):
         -------
         uint8 [h, w, 3]
         """
+        # imported late, as all of torchvision: that takes a second, which arrays of the right size do not need
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional
+
         if self.resize is not None:
             size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
             image = functional.resize(image, size, interpolation=InterpolationMode(self.interpolation))

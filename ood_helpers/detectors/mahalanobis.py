@@ -7,10 +7,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from ood_helpers.detectors.base import Detector
@@ -329,6 +325,12 @@ class _Regression:
     @classmethod
     def fit(cls, noise: float, inside: Tensor, outside: Tensor) -> "_Regression":
         """From M [n, L] of ID images and of their adversarial copies."""
+        # late: importing scikit-learn takes a second
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import GridSearchCV
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
         scores = torch.cat([inside, outside]).numpy()
         out = np.repeat([0, 1], [len(inside), len(outside)])
         # The solver needs columns of one scale; w and b are for the raw ones.
