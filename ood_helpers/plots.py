@@ -32,6 +32,7 @@ from ood_helpers.metrics import fpr_at_tpr
 from ood_helpers.results import METRICS, ordered_sets, tuned_label, wide_table
 
 WIDTH = 7.0  # inches: the text width of a page
+SAVED_DPI = 150
 SCORE = "score (higher = more in-distribution)"
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that figures look alike everywhere
@@ -81,21 +82,23 @@ def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 def _settle(figure: Figure) -> None:
     """Place the axes and keep their ticks, which otherwise depend on the style in force at each later drawing."""
+    shown, figure.dpi = figure.dpi, SAVED_DPI  # letters are rounded to pixels: widths differ with the resolution
     figure.get_layout_engine().execute(figure)
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         axis.set_major_locator(FixedLocator(axis.get_majorticklocs()))
     # the first pass measured the tick labels of the places before it
     figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
+    figure.dpi = shown
 
 
 def save_figure(figure: Figure, directory: Path, name: str) -> list[Path]:
-    """Write `directory`/`name`.png (150 dpi) and .svg, atomically; the same figure gives the same bytes."""
+    """Write `directory`/`name`.png (SAVED_DPI) and .svg, atomically; the same figure gives the same bytes."""
     paths = []
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         path = Path(directory) / f"{name}.{suffix}"
         with rc_context({"svg.hashsalt": STYLE["svg.hashsalt"]}), atomic_path(path) as temporary:
-            figure.savefig(temporary, format=suffix, dpi=150, metadata=metadata)
+            figure.savefig(temporary, format=suffix, dpi=SAVED_DPI, metadata=metadata)
         paths.append(path)
     return paths
 
