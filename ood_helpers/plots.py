@@ -82,7 +82,10 @@ def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 def _settle(figure: Figure) -> None:
     """Place the axes and keep their ticks, which otherwise depend on the style in force at each later drawing."""
-    shown, figure.dpi = figure.dpi, SAVED_DPI  # letters are rounded to pixels: widths differ with the resolution
+    shown, figure.dpi = (
+        figure.dpi,
+        SAVED_DPI,
+    )  # letters are rounded to pixels: widths differ with the resolution
     figure.get_layout_engine().execute(figure)
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         axis.set_major_locator(FixedLocator(axis.get_majorticklocs()))
@@ -1033,10 +1036,12 @@ def sample_size(table: pd.DataFrame, *, caption: str, title: str = "") -> Figure
 
 
 @_figure
-def paired_differences(differences: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
-    """Differences in mean FPR95 between every two methods; grey where the interval contains 0.
+def paired_differences(
+    differences: pd.DataFrame, metric: str = "fpr95", *, caption: str, title: str = ""
+) -> Figure:
+    """Differences in a mean metric between every two methods; grey where the interval contains 0.
 
-    differences: columns method_a, method_b, difference, low, high: FPR95 of a - FPR95 of b in points with its 95 %
+    differences: columns method_a, method_b, difference, low, high: metric of a - metric of b in points with its 95 %
     interval. Methods stand in the order of their first appearance, best first; a cell is row - column.
     """
     if len(differences) == 0:
@@ -1046,7 +1051,8 @@ def paired_differences(differences: pd.DataFrame, *, caption: str, title: str = 
     places, count = {method: place for place, method in enumerate(methods)}, len(methods)
     undecided = (differences.low <= 0) & (differences.high >= 0)
     limit = differences.difference[~undecided].abs().max() if not undecided.all() else 1
-    colours, norm = colormaps["RdBu_r"], TwoSlopeNorm(0, -limit, limit)
+    colours = colormaps["RdBu_r" if metric == "fpr95" else "RdBu"]  # red where the row is worse
+    norm = TwoSlopeNorm(0, -limit, limit)
     names = 0.075 * max(map(len, methods))
     cell = min(0.5, (WIDTH - names - 1.2) / count)
     figure = _new_figure(
@@ -1069,7 +1075,8 @@ def paired_differences(differences: pd.DataFrame, *, caption: str, title: str = 
     axes.set_yticks(range(1, count), methods[1:])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    label = "FPR95, row − column (points)\nnegative: the row is better"
+    sign = "negative" if metric == "fpr95" else "positive"
+    label = f"{METRICS[metric][0]}, row − column (points)\n{sign}: the row is better"
     look = {"ticks": MaxNLocator(5), "pad": 0.02, "shrink": 0.7 if count > 8 else 1, "anchor": (0, 1)}
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=label, **look)
     handle = Patch(facecolor="0.92", label="grey: the 95 % interval of the difference contains 0")
