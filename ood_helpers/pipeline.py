@@ -43,7 +43,7 @@ from ood_helpers.features import (
     pass_batch_size,
     resolve_device,
 )
-from ood_helpers.files import atomic_path, locked, sha256_of_json
+from ood_helpers.files import atomic_path, locked, sha256_of_json, write_text
 from ood_helpers.progress import track
 from ood_helpers.training import TRAINING_VERSION, check_labels, train_classifier
 
@@ -137,7 +137,7 @@ class Experiment:
 
     @property
     def directory(self) -> Path:
-        """What this experiment writes: results.csv, report.html, executed notebooks."""
+        """What this experiment writes: results.csv, means.csv, report.html, executed notebooks."""
         return self.run_dir / self.config.name
 
     @property
@@ -724,18 +724,26 @@ class Experiment:
         ]
         return pd.DataFrame([line | values for line, values in zip(lines, published)])[results.COLUMNS]
 
-    def resamples(self, metric: str = "fpr95", seeds: Iterable[int] | None = None) -> dict[str, np.ndarray]:
-        """Method -> one metric on bootstrap resamples, [sets, R] in percent, for the rows of the config, mean over seeds.
+    def resamples(self, table: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
+        """One metric in percent on the bootstrap resamples of the methods in a results table, mean over its seeds.
 
         Every method is evaluated on the same resampled images, so differences between methods are paired.
+
+        Returns
+        -------
+        method -> a column an OOD set, a line a resample
         """
-        runs = [self] if seeds is None else [self.with_seed(seed) for seed in seeds]
+        rows = {self._label(row): row for row in [*self.detectors, *self.tuned_rows]}
+        runs = [self.with_seed(seed) for seed in table.seed.unique()]
         return {
-            self._label(row): np.mean(
-                [[run._evaluated(row)[0][f"{metric}/{name}"] for name in self.ood_groups] for run in runs],
-                axis=0,
+            method: sum(
+                pd.DataFrame(
+                    {name: run._evaluated(rows[method])[0][f"{metric}/{name}"] for name in own.unique()}
+                )
+                for run in runs
             )
-            for row in self.detectors
+            / len(runs)
+            for method, own in table.groupby("method", sort=False).ood_set
         }
 
     def collect_results(self, seeds: Iterable[int] | None = None) -> pd.DataFrame:
@@ -745,6 +753,23 @@ class Experiment:
         path = self.directory / "results.csv"
         results.write_results(table, path)
         return results.read_results(path)  # what is in the file, so that tables, figures and report agree
+
+    def collect_means(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The means over OOD sets with their intervals, see results.mean_table, written to means.csv and returned.
+
+        Parameters
+        ----------
+        table : the results of all methods, as collect_results returns them; tuned rows and those they stand beside
+            have means over the sets that the tuned ones are reported on
+        """
+        parts = [part for part in (results.defaults(table), results.tuning_pairs(table)) if len(part)]
+        means = pd.concat(
+            results.mean_table(part, {metric: self.resamples(part, metric) for metric in results.METRICS})
+            for part in parts
+        ).drop_duplicates(["method", "ood_sets"])
+        path = self.directory / "means.csv"
+        write_text(path, means.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        return pd.read_csv(path)
 
     # ---- figures and tables -----------------------------------------------------------------------------
 
@@ -756,9 +781,9 @@ class Experiment:
         plots.save_figure(figure, self.figures_directory, name)
         return figure
 
-    def export_tables(self, table: pd.DataFrame, stem: str) -> None:
+    def export_tables(self, table: pd.DataFrame, stem: str, means: pd.DataFrame | None = None) -> None:
         """Write a results table to figures/<experiment>/<stem>_fpr95 and _auroc as CSV, Markdown and LaTeX."""
-        results.export_tables(table, self.figures_directory, stem, self.missing)
+        results.export_tables(table, self.figures_directory, stem, self.missing, means)
 
     def record(self) -> dict:
         """What the results rest on, for manifest.json: image sets, weights, accuracy, banks and their forward passes.

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import jinja2
+import pandas as pd
 import yaml
 
 from ood_helpers.config import PROJECT_ROOT, resolve_path
@@ -57,7 +58,7 @@ def write_manifest(
             name.removeprefix(f"{experiment.config.name}/"): sha256_of_file(experiment.figures_root / name)
             for outcome in outcomes.values()
             for name in outcome.outputs
-            if (experiment.figures_root / name).exists() and not name.endswith("results.csv")
+            if (experiment.figures_root / name).exists() and not name.endswith(("results.csv", "means.csv"))
         },
         "notebooks": {name: outcome.status for name, outcome in outcomes.items()},
     }
@@ -107,14 +108,15 @@ def write_report(
                 figures.setdefault(task.name, []).append(picture)
     tables = []
     if results_path.exists():
-        results = read_results(results_path)
+        results, means_path = read_results(results_path), experiment.directory / "means.csv"
+        means = pd.read_csv(means_path) if means_path.exists() else None
         parts = {"": defaults(results), ", tuned": tuning_pairs(results)}
         for (suffix, part), metric in itertools.product(parts.items(), METRICS):
             if len(part):
                 tables.append(
                     {
                         "name": METRICS[metric][0] + suffix,
-                        "html": html_table(part, metric, experiment.missing),
+                        "html": html_table(part, metric, experiment.missing, means),
                         "text": describe_table(part, metric, experiment.missing),
                     }
                 )

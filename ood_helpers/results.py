@@ -92,12 +92,16 @@ def wide_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     sets = ordered_sets(results)
     table = results.pivot_table(index="method", columns="ood_set", values=metric, sort=False)[list(sets)]
-    for group in ("near", "far"):
-        members = [name for name, its_group in sets.items() if its_group == group]
-        if members:
-            table[f"mean {group}"] = table[members].mean(axis=1, skipna=False)
-    table["mean"] = table[list(sets)].mean(axis=1, skipna=False)
+    for column, members in _averaged(results).items():
+        table[column] = table[members].mean(axis=1, skipna=False)
     return table.reindex(results.method.unique())
+
+
+def _averaged(results: pd.DataFrame) -> dict[str, list[str]]:
+    """The columns of means and the OOD sets that each is over."""
+    sets = ordered_sets(results)
+    groups = {f"mean {group}": [name for name in sets if sets[name] == group] for group in ("near", "far")}
+    return {column: members for column, members in groups.items() if members} | {"mean": list(sets)}
 
 
 def ordered_sets(results: pd.DataFrame) -> dict[str, str]:
@@ -107,8 +111,41 @@ def ordered_sets(results: pd.DataFrame) -> dict[str, str]:
     return dict(order)
 
 
+def mean_table(results: pd.DataFrame, resamples: Mapping[str, Mapping[str, pd.DataFrame]]) -> pd.DataFrame:
+    """The means over OOD sets with what the long-form table has for single sets.
+
+    Parameters
+    ----------
+    results : the long-form table
+    resamples : metric -> method -> the metric on bootstrap resamples, a column an OOD set, see Experiment.resamples
+
+    Returns
+    -------
+    one line a method and mean (near, far, all sets): experiment, method, ood_sets (joined by "; "), and for each metric
+    its mean over seeds and sets, _lo and _hi (95 % interval), _std (over seeds; NaN for one)
+    """
+    lines = []
+    for members in _averaged(results).values():
+        for method, rows in results[results.ood_set.isin(members)].groupby("method", sort=False):
+            if rows.ood_set.nunique() < len(members):
+                continue
+            line = {"experiment": rows.experiment.iloc[0], "method": method, "ood_sets": "; ".join(members)}
+            for metric, by_method in resamples.items():
+                of_seeds = rows.groupby("seed")[metric].mean()
+                low, high = metrics.interval(by_method[method][members].mean(axis=1))
+                line |= {metric: of_seeds.mean(), f"{metric}_lo": low, f"{metric}_hi": high}
+                line[f"{metric}_std"] = of_seeds.std()
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
 def _cells(
-    results: pd.DataFrame, metric: str, missing: Iterable[str], bold: Callable[[str], str], escape=str
+    results: pd.DataFrame,
+    metric: str,
+    missing: Iterable[str],
+    means: pd.DataFrame | None,
+    bold: Callable[[str], str],
+    escape=str,
 ) -> pd.DataFrame:
     """The wide table as text: values with their interval, or with their spread over several seeds.
 
@@ -126,6 +163,18 @@ def _cells(
             cells.loc[method, ood_set] += (
                 f" ({rows[f'{metric}_lo'].iloc[0]:.1f}–{rows[f'{metric}_hi'].iloc[0]:.1f})"
             )
+    for column, members in _averaged(results).items():
+        known = (
+            {}
+            if means is None
+            else means[means.ood_sets == "; ".join(members)].set_index("method").to_dict("index")
+        )
+        for method in cells.index[table[column].notna() & table.index.isin(known)]:
+            line = known[method]
+            if line[f"{metric}_std"] > 0:
+                cells.loc[method, column] += f" ± {line[f'{metric}_std']:.1f}"
+            else:
+                cells.loc[method, column] += f" ({line[f'{metric}_lo']:.1f}–{line[f'{metric}_hi']:.1f})"
     cells = cells.map(escape)
     daggers = {method: f"{method} †" for method in _tuned_on(results)}
     cells = cells.where(~best, cells.map(bold)).rename(index=daggers).rename(index=escape, columns=escape)
@@ -140,24 +189,33 @@ def _tuned_on(results: pd.DataFrame) -> dict[str, str]:
     return dict(zip(tuned.method, tuned.tuned_on))
 
 
-def markdown_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = ()) -> str:
-    """One metric as a Markdown table: methods x sets with intervals, the best of each column in bold."""
-    cells = _cells(results, metric, missing, bold="**{}**".format)
+def markdown_table(
+    results: pd.DataFrame, metric: str, missing: Iterable[str] = (), means: pd.DataFrame | None = None
+) -> str:
+    """One metric as a Markdown table: methods x sets with intervals, the best of each column in bold.
+
+    `means`, a `mean_table`, gives the columns of means their intervals.
+    """
+    cells = _cells(results, metric, missing, means, bold="**{}**".format)
     lines = ["| " + " | ".join(["method", *cells.columns]) + " |", "|---" * (1 + len(cells.columns)) + "|"]
     lines += ["| " + " | ".join([method, *row]) + " |" for method, row in zip(cells.index, cells.to_numpy())]
     return "\n".join([*lines, "", describe_table(results, metric, missing), ""])
 
 
-def html_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = ()) -> str:
-    """One metric as an HTML table: methods x sets with intervals, the best of each column in bold."""
-    cells = _cells(results, metric, missing, bold="<b>{}</b>".format, escape=html.escape)
+def html_table(
+    results: pd.DataFrame, metric: str, missing: Iterable[str] = (), means: pd.DataFrame | None = None
+) -> str:
+    """One metric as an HTML table; parameters as for `markdown_table`."""
+    cells = _cells(results, metric, missing, means, bold="<b>{}</b>".format, escape=html.escape)
     cells.index.name = cells.columns.name = None
     return cells.to_html(escape=False, border=0)
 
 
-def latex_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = ()) -> str:
-    """One metric as a LaTeX booktabs table with the best of each column in bold."""
-    cells = _cells(results, metric, missing, bold=r"\textbf{{{}}}".format, escape=_latex)
+def latex_table(
+    results: pd.DataFrame, metric: str, missing: Iterable[str] = (), means: pd.DataFrame | None = None
+) -> str:
+    """One metric as a LaTeX booktabs table; parameters as for `markdown_table`."""
+    cells = _cells(results, metric, missing, means, bold=r"\textbf{{{}}}".format, escape=_latex)
     rows = [" & ".join([method, *row]) + r" \\" for method, row in zip(cells.index, cells.to_numpy())]
     return "\n".join(
         [
@@ -231,7 +289,7 @@ def tuning_pairs(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired_differences(
-    results: pd.DataFrame, resamples: Mapping[str, np.ndarray], metric: str = "fpr95"
+    results: pd.DataFrame, resamples: Mapping[str, pd.DataFrame], metric: str = "fpr95"
 ) -> pd.DataFrame:
     """Differences of the mean over OOD sets between every two methods, with paired bootstrap intervals.
 
@@ -240,7 +298,7 @@ def paired_differences(
     Parameters
     ----------
     results : the long-form table
-    resamples : method -> the metric on bootstrap resamples [sets, R] in percent, see Experiment.resamples
+    resamples : method -> the metric on bootstrap resamples in percent, a column an OOD set, see Experiment.resamples
 
     Returns
     -------
@@ -251,13 +309,13 @@ def paired_differences(
     order = means.sort_values(ascending=metric == "fpr95", kind="stable").index
     lines = []
     for a, b in itertools.combinations(order, 2):
-        low, high = metrics.interval((resamples[a] - resamples[b]).mean(axis=0))
+        low, high = metrics.interval((resamples[a] - resamples[b]).mean(axis=1))
         lines.append((a, b, means[a] - means[b], low, high))
     return pd.DataFrame(lines, columns=["method_a", "method_b", "difference", "low", "high"])
 
 
 def rank_intervals(
-    results: pd.DataFrame, resamples: Mapping[str, np.ndarray], metric: str = "fpr95"
+    results: pd.DataFrame, resamples: Mapping[str, pd.DataFrame], metric: str = "fpr95"
 ) -> pd.DataFrame:
     """Mean rank of each method over the OOD sets (1 = best, ties share their mean) with its bootstrap interval.
 
@@ -270,8 +328,9 @@ def rank_intervals(
     methods, sign = list(resamples), 1 if metric == "fpr95" else -1
     from scipy.stats import rankdata  # late: importing scipy.stats takes half a second
 
-    values = wide_table(results, metric).loc[methods, list(ordered_sets(results))].to_numpy()
-    drawn = rankdata(sign * np.stack(list(resamples.values())), axis=0).mean(axis=1)
+    sets = list(ordered_sets(results))
+    values = wide_table(results, metric).loc[methods, sets].to_numpy()
+    drawn = rankdata(sign * np.stack([table[sets] for table in resamples.values()]), axis=0).mean(axis=2)
     low, high = np.transpose([metrics.interval(ranks) for ranks in drawn])
     ranks = rankdata(sign * values, axis=0).mean(axis=1)
     table = pd.DataFrame({"method": methods, "mean_rank": ranks, "low": low, "high": high})
@@ -329,9 +388,16 @@ def costs(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def export_tables(
-    results: pd.DataFrame, directory: Path, stem: str, missing: Iterable[str] = ()
+    results: pd.DataFrame,
+    directory: Path,
+    stem: str,
+    missing: Iterable[str] = (),
+    means: pd.DataFrame | None = None,
 ) -> list[Path]:
-    """Write the FPR95 and AUROC tables as CSV, Markdown and LaTeX: `directory`/`stem`_fpr95.csv and so on."""
+    """Write the FPR95 and AUROC tables as CSV, Markdown and LaTeX: `directory`/`stem`_fpr95.csv and so on.
+
+    Parameters as for `markdown_table`; the CSV has no intervals.
+    """
     missing, written = list(missing), []
     for metric in METRICS:
         wide = wide_table(results, metric)
@@ -339,8 +405,8 @@ def export_tables(
             wide[name] = None
         texts = {
             "csv": wide.to_csv(float_format="%.6g", lineterminator="\n"),
-            "md": markdown_table(results, metric, missing),
-            "tex": latex_table(results, metric, missing),
+            "md": markdown_table(results, metric, missing, means),
+            "tex": latex_table(results, metric, missing, means),
         }
         for suffix, text in texts.items():
             path = Path(directory) / f"{stem}_{metric}.{suffix}"

@@ -167,11 +167,11 @@ class Runner:
         return self.directory / f"{task.name}.ipynb"
 
     def _outputs(self, task: Task, since: float) -> dict[str, str]:
-        """SHA-256 of each figure, table and results.csv that the task has written since a point in time."""
+        """SHA-256 of each figure, table, results.csv and means.csv that the task has written since a point in time."""
         folder = self.experiment.with_seed(task.seed).figures_directory
         paths = sorted(folder.glob(f"{task.notebook.stem}*"))
         if task.notebook.stem == "30_results":
-            paths.append(self.experiment.directory / "results.csv")
+            paths += [self.experiment.directory / name for name in ("results.csv", "means.csv")]
         written = [path for path in paths if path.exists() and path.stat().st_mtime >= since]
         return {os.path.relpath(path, self.experiment.figures_root): sha256_of_file(path) for path in written}
 

@@ -194,11 +194,19 @@ def test_sample_sizes_end_in_the_result_of_all_training_images(finished):
 def test_resamples_are_the_ones_behind_the_intervals(finished):
     folder, table = finished
     run = small(folder)
-    resamples = run.resamples("auroc")
-    assert list(resamples) == METHODS[:-2] and resamples["LINe"].shape == (5, 50)
+    resamples = run.resamples(table, "auroc")
+    assert list(resamples) == METHODS
+    assert resamples["LINe"].shape == (50, 5) and resamples["LINe (tuned)"].shape == (50, 4)
     row = table[(table.method == "LINe") & (table.ood_set == "letters")].iloc[0]
-    low, high = np.quantile(resamples["LINe"][list(run.ood_groups).index("letters")], [0.025, 0.975])
+    low, high = np.quantile(resamples["LINe"].letters, [0.025, 0.975])
     assert (low, high) == pytest.approx((row.auroc_lo, row.auroc_hi))
+    means = run.collect_means(table).set_index(["method", "ood_sets"])
+    all_sets, tuned_sets = "; ".join(resamples["LINe"]), "; ".join(resamples["LINe (tuned)"])
+    of_line = table[table.method == "LINe"]
+    assert means.loc[("LINe", all_sets), "auroc"] == pytest.approx(of_line.auroc.mean(), abs=1e-3)
+    expected = of_line[of_line.ood_set != "chimeras"].auroc.mean()
+    assert means.loc[("LINe", tuned_sets), "auroc"] == pytest.approx(expected, abs=1e-3)
+    assert ("LINe (tuned)", tuned_sets) in means.index and ("LINe (tuned)", all_sets) not in means.index
 
 
 def test_a_wrong_grid_is_refused_before_anything_is_computed(tmp_path):

@@ -15,6 +15,7 @@ from ood_helpers.results import (
     export_tables,
     latex_table,
     markdown_table,
+    mean_table,
     nemenyi_distance,
     paired_differences,
     published_values,
@@ -156,9 +157,11 @@ def drawn(seed=0, resamples=400):
     """Resamples around the values of `rows`; what the methods share moves them by 5 points, what they do not by 0.1."""
     generator = np.random.default_rng(seed)
     shared = 5 * generator.standard_normal((3, resamples))
-    point = wide_table(rows(), "fpr95")[["near_set", "far set", "far two"]].to_numpy()
+    sets = ["near_set", "far set", "far two"]
+    point = wide_table(rows(), "fpr95")[sets].to_numpy()
     own = 0.1 * generator.standard_normal((2, 3, resamples))
-    return dict(zip(["MSP", "LINe"], point[:, :, None] + shared + own))
+    values = point[:, :, None] + shared + own
+    return {method: pd.DataFrame(by_set.T, columns=sets) for method, by_set in zip(["MSP", "LINe"], values)}
 
 
 def test_paired_differences_cancel_what_both_methods_share():
@@ -167,10 +170,40 @@ def test_paired_differences_cancel_what_both_methods_share():
     line = table.iloc[0]
     assert line.difference == pytest.approx(40 - 120.02 / 3)
     assert line.low < line.difference < line.high and line.high - line.low < 0.5
-    unpaired = drawn()["MSP"].mean(0) - drawn(seed=1)["LINe"].mean(0)
+    unpaired = drawn()["MSP"].mean(axis=1) - drawn(seed=1)["LINe"].mean(axis=1)
     assert np.ptp(np.quantile(unpaired, [0.025, 0.975])) > 5
     best = paired_differences(rows(), drawn(), "auroc").iloc[0]
     assert best.method_a == "MSP" and best.difference > 0  # the higher AUROC is the better
+
+
+def test_means_over_sets_have_an_interval_of_their_own():
+    """Not that of a set: what is drawn for one set is independent of the others."""
+    means = mean_table(rows(), {"fpr95": drawn(), "auroc": drawn()})
+    assert (
+        means.ood_sets.tolist()
+        == ["near_set"] * 2 + ["far set; far two"] * 2 + ["near_set; far set; far two"] * 2
+    )
+    line = means.iloc[2]
+    assert (line.method, line.fpr95) == ("MSP", 30.0) and np.isnan(line.fpr95_std)
+    expected = np.quantile(drawn()["MSP"][["far set", "far two"]].mean(axis=1), [0.025, 0.975])
+    assert line[["fpr95_lo", "fpr95_hi"]].tolist() == pytest.approx(expected)
+    cells = markdown_table(rows(), "fpr95", means=means).splitlines()[2].split(" | ")
+    assert cells[-2] == f"30.0 ({expected[0]:.1f}–{expected[1]:.1f})"
+    assert markdown_table(rows(), "fpr95").splitlines()[2].split(" | ")[-2] == "30.0"
+
+
+def test_means_over_several_seeds_show_the_spread_of_the_mean():
+    table = rows(seeds=(0, 1))
+    means = mean_table(table, {"fpr95": drawn(), "auroc": drawn()})
+    assert means.fpr95_std.tolist() == pytest.approx([2 / 2**0.5] * 6)
+    assert markdown_table(table, "fpr95", means=means).splitlines()[2].split(" | ")[-2] == "31.0 ± 1.4"
+
+
+def test_a_method_without_a_set_has_no_mean_over_it():
+    table = rows()[lambda t: (t.method != "LINe") | (t.ood_set != "near_set")]
+    means = mean_table(table, {"fpr95": drawn(), "auroc": drawn()})
+    assert means[means.method == "LINe"].ood_sets.tolist() == ["far set; far two"]
+    assert markdown_table(table, "fpr95", means=means).splitlines()[3].endswith("| – |")
 
 
 def test_ranks_are_means_over_sets_with_an_interval_over_images():
