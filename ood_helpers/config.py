@@ -300,6 +300,9 @@ class MetricsConfig(Model):
     """The 95 % confidence intervals."""
 
     bootstrap_resamples: PositiveInt = 1000
+    bootstrap_seed: NonNegativeInt = Field(
+        0, description="the same for every seed of an experiment: resamples are of images, which seeds share"
+    )
 
 
 class PublishedConfig(Model):

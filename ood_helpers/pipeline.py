@@ -145,6 +145,12 @@ class Experiment:
         return self.directory / f"seed{self.seed}"
 
     @property
+    def scores_directory(self) -> Path:
+        """Where scores are kept: for each seed where the network is trained here, else once for all."""
+        trained = self.config.backbone.training is not None
+        return (self.seed_directory if trained else self.directory) / "scores"
+
+    @property
     def figures_directory(self) -> Path:
         directory = self.figures_root / self.config.name
         return directory if self.seed == 0 else directory / f"seed{self.seed}"
@@ -461,7 +467,8 @@ class Experiment:
         validation_bank = None
         if detector.needs_validation and "validation" in self.id_names:
             validation_bank = self.image_bank("validation")
-        train_bank, shard = train_bank or self.bank(detector.fit_set), next(self.bank("test").shards())
+        train_bank = self.bank(detector.fit_set) if train_bank is None else train_bank
+        shard = next(self.bank("test").shards())
         begin = time.perf_counter()
         detector.fit(train_bank, self.head, validation_bank)
         if not detector.needs_images:
@@ -471,12 +478,9 @@ class Experiment:
 
     def _tuned_detector(self, row: str) -> Detector:
         if row not in self._tuned:
-            begin = time.perf_counter()
-            table = self.tune(row.removesuffix(TUNED))
-            chosen = table[table.chosen].iloc[0]
-            detector = copy.copy(self.detector(row.removesuffix(TUNED)))
-            for name in self.config.tuning.grids[row.removesuffix(TUNED)]:
-                setattr(detector, name, chosen[name])
+            base, grid = row.removesuffix(TUNED), self.config.tuning.grids[row.removesuffix(TUNED)]
+            table = self.tune(base)
+            _, detector = list(self.detector(base).variants(grid))[table.index[table.chosen].item()]
             detector.label = self._label(row)
             images, outliers = len(self.image_set("validation")), len(self.image_set("tuning"))
             detector.tuned_on = (
@@ -484,7 +488,7 @@ class Experiment:
                 f"{outliers:,} of {self.config.tuning.name}"
             )
             self._tuned[row] = detector
-            self._fit_seconds[row] = time.perf_counter() - begin
+            self._fit_seconds[row] = self._fit_seconds[base] + self._grid(base)["seconds"]
         return self._tuned[row]
 
     def _label(self, row: str) -> str:
@@ -513,21 +517,39 @@ class Experiment:
 
         Returns
         -------
-        one line a combination and OOD set: the hyper-parameters, ood_set, group, fpr95, auroc
+        one line a combination and OOD set: the hyper-parameters, ood_set, group, fpr95, auroc; these two are NaN where
+        the detector refuses the values, k beyond the number of training images for example
+
+        Raises
+        ------
+        InputError : unknown hyper-parameter, value out of range, or every combination refused
         """
-        ood_sets, lines = self.ood_groups if ood_sets is None else ood_sets, []
+        ood_sets, lines, refusal = self.ood_groups if ood_sets is None else ood_sets, [], None
         variants = list(self.detector(row).variants(grid))
         for settings, detector in track(variants, description=f"{self._label(row)} sweep", unit="setting"):
-            lines += [settings | line for line in self._compare(detector, id_set, ood_sets)]
+            try:
+                compared = self.compare(detector, id_set, ood_sets).to_dict("records")
+            except InputError as error:
+                refusal, nothing = error, {"fpr95": np.nan, "auroc": np.nan}
+                compared = [{"ood_set": name, "group": group} | nothing for name, group in ood_sets.items()]
+            lines += [settings | line for line in compared]
+        if refusal and all(np.isnan(line["auroc"]) for line in lines):
+            raise refusal
         # objects, so that None (off) and the type of each value survive
         table = pd.DataFrame(lines, dtype=object)
         return table.astype({"ood_set": str, "group": str, "fpr95": float, "auroc": float})
 
-    def _compare(self, detector: Detector, id_set: str, ood_sets: Mapping[str, str]) -> Iterator[dict]:
-        id_scores = detector.score_samples(self._bank_for(detector, id_set))
-        for name, group in ood_sets.items():
+    def compare(
+        self, detector: Detector, id_set: str = "test", ood_sets: Mapping[str, str] | None = None
+    ) -> pd.DataFrame:
+        """FPR95 and AUROC in percent of any fitted detector; parameters and columns as for `sweep`."""
+        id_scores, lines = detector.score_samples(self._bank_for(detector, id_set)), []
+        for name, group in (self.ood_groups if ood_sets is None else ood_sets).items():
             values = metrics.evaluate(id_scores, detector.score_samples(self._bank_for(detector, name)))
-            yield {"ood_set": name, "group": group, "fpr95": values["fpr95"], "auroc": values["auroc"]}
+            lines.append(
+                {"ood_set": name, "group": group, "fpr95": values["fpr95"], "auroc": values["auroc"]}
+            )
+        return pd.DataFrame(lines)
 
     def tune(self, row: str) -> pd.DataFrame:
         """The grid of a row on the ID validation images against the outliers to tune on; `chosen` marks the best.
@@ -536,22 +558,27 @@ class Experiment:
         ------
         InputError : the config has no grid for the row
         """
+        table = pd.DataFrame(self._grid(row)["lines"], dtype=object)
+        table = table.astype({"fpr95": float, "auroc": float})
+        values = table[self.config.tuning.metric]
+        best = values.idxmin() if self.config.tuning.metric == "fpr95" else values.idxmax()
+        return table.assign(chosen=table.index == best)
+
+    def _grid(self, row: str) -> dict:
+        """The lines of a row's grid and the seconds they took; computed once."""
         grids = {} if self.config.tuning is None else self.config.tuning.grids
         if row not in grids:
             raise InputError(
                 f"There is no grid for {row!r} in {self.config.name}; add tuning.grids.{row} to the config."
             )
 
-        def compute() -> tuple[dict, list[dict]]:
+        def compute() -> tuple[dict, dict]:
+            begin = time.perf_counter()
             table = self.sweep(row, grids[row], "validation", {"tuning": self.config.tuning.name})
-            return {}, table.drop(columns=["ood_set", "group"]).to_dict("records")
+            lines = table.drop(columns=["ood_set", "group"]).to_dict("records")
+            return {}, {"seconds": time.perf_counter() - begin, "lines": lines}
 
-        tuned = row + TUNED
-        lines = self._kept(f"{tuned}.grid", self._score_fingerprint(tuned), compute)[1]
-        table = pd.DataFrame(lines, dtype=object).astype({"fpr95": float, "auroc": float})
-        values = table[self.config.tuning.metric]
-        best = values.idxmin() if self.config.tuning.metric == "fpr95" else values.idxmax()
-        return table.assign(chosen=table.index == best)
+        return self._kept(f"{row}{TUNED}.grid", self._score_fingerprint(row + TUNED), compute)[1]
 
     def sample_size(
         self, rows: Iterable[str], images_per_class: Iterable[int], draws: int = 3
@@ -561,7 +588,7 @@ class Experiment:
         Returns
         -------
         one line a method, number of images and draw: method, images_per_class, draw, and the mean over OOD sets
-        of fpr95 and auroc in percent, NaN where a method refuses so few images
+        of fpr95 and auroc in percent, NaN where a method refuses so few images, and why in `refused`
         """
         train, lines, generator = self.bank("train").load(), [], np.random.default_rng(self.seed)
         by_class = [np.flatnonzero(train.labels.numpy() == k) for k in range(self.config.id.num_classes)]
@@ -576,14 +603,12 @@ class Experiment:
             taps = {name: tap[taken] for name, tap in train.taps.items()}
             subset = FeatureBank(train.features[taken], train.logits[taken], train.labels[taken], taps)
             detector = copy.copy(self._unfitted(row))
-            line = {"method": self._label(row), "images_per_class": count, "draw": draw}
+            line = {"method": self._label(row), "images_per_class": count, "draw": draw, "refused": ""}
             try:
                 self._fit(detector, subset)
-            except InputError:  # too few for this method, ViM for example
-                lines.append(line | {"fpr95": np.nan, "auroc": np.nan})
-                continue
-            values = pd.DataFrame(self._compare(detector, "test", self.ood_groups))
-            lines.append(line | values[["fpr95", "auroc"]].mean().to_dict())
+                lines.append(line | self.compare(detector)[["fpr95", "auroc"]].mean().to_dict())
+            except InputError as error:
+                lines.append(line | {"fpr95": np.nan, "auroc": np.nan, "refused": str(error)})
         return pd.DataFrame(lines)
 
     # ---- scores and results -----------------------------------------------------------------------------
@@ -598,20 +623,29 @@ class Experiment:
 
     def _score_fingerprint(self, row: str) -> str:
         base = self._unfitted(row.removesuffix(TUNED) if row in self.tuned_rows else row)
-        sets, parts = {base.fit_set, "test", *self._sets_of(row)}, {}
-        if base.needs_validation and "validation" in self.id_names:
-            sets.add("validation")
+        choice, code = [], [_code_of(type(base))]
+        if base.needs_validation or row in self.tuned_rows:  # the metrics have a say in what is chosen
+            code.append(_hash_of([metrics]))
         if row in self.tuned_rows:
-            sets |= {"validation", "tuning"}
             tuning = self.config.tuning
-            parts = {"grid": tuning.grids[row.removesuffix(TUNED)], "metric": tuning.metric}
+            choice = [tuning.grids[row.removesuffix(TUNED)], tuning.metric]
+            code.append(_hash_of([Experiment.tune, Experiment.sweep, Experiment.compare]))
+        sets = sorted({*self._fitted_on(row), "test", *self._sets_of(row)})
         return sha256_of_json(
             {
-                "row": [self._label(row), base.hyperparameters(), parts],
-                "banks": {name: self.bank(name).directory.name for name in sorted(sets)},
-                "code": _code_of(type(base)),
+                "row": [self._label(row), base.hyperparameters(), choice],
+                "banks": {name: self.bank(name).directory.name for name in sets},
+                "code": code,
             }
         )
+
+    def _fitted_on(self, row: str) -> list[str]:
+        """The image sets that a row's detector learns from."""
+        base = self._unfitted(row.removesuffix(TUNED) if row in self.tuned_rows else row)
+        sets = [base.fit_set]
+        if (base.needs_validation and "validation" in self.id_names) or row in self.tuned_rows:
+            sets.append("validation")
+        return [*sets, "tuning"] if row in self.tuned_rows else sets
 
     def _scored(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
         """Scores of the ID test set and the OOD sets, and what they rest on and cost; computed once."""
@@ -629,7 +663,8 @@ class Experiment:
             "" if detector.fit_set == "train" else f"fitted on the labelled ID {detector.fit_set} set, a leak"
         )
         facts = {
-            "hyperparameters": detector.hyperparameters(),
+            "hyperparameters": detector.hyperparameters()
+            | ({"learned": detector.learned} if detector.learned else {}),
             "tuned_on": detector.tuned_on or leak,
             "extra_passes": detector.extra_passes,
             "fit_seconds": self._fit_seconds.get(row),
@@ -640,7 +675,7 @@ class Experiment:
     def _evaluated(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
         """The bootstrap resamples {"fpr95/<set>": [R], "auroc/<set>": [R]} of a row and its lines of the results."""
         _ = self.id_accuracy  # the guard stops here, before anything is scored or read
-        parts = [self._score_fingerprint(row), self.config.name, self.seed, self.ood_groups]
+        parts = [self._score_fingerprint(row), self.config.name, self.ood_groups]
         parts += [self.config.metrics.model_dump(), [ood.name for ood in self.config.ood]]
         fingerprint = sha256_of_json([*parts, _hash_of([metrics, results, sys.modules[__name__]])])
         return self._kept(f"{row}.metrics", fingerprint, lambda: self._evaluate(row))
@@ -654,7 +689,7 @@ class Experiment:
                 scores["test"],
                 scores[name],
                 resamples=self.config.metrics.bootstrap_resamples,
-                seed=self.seed,
+                seed=self.config.metrics.bootstrap_seed,
                 ood_set=order.index(name),
             )
             intervals = {}
@@ -664,7 +699,6 @@ class Experiment:
             lines.append(
                 {
                     "experiment": self.config.name,
-                    "seed": self.seed,
                     "method": self._label(row),
                     "ood_set": name,
                     "group": group,
@@ -675,7 +709,7 @@ class Experiment:
                     "id_accuracy": self.id_accuracy,
                     "score_seconds": facts["seconds"][name],
                     "hyperparameters": json.dumps(facts["hyperparameters"]),
-                    "data_sha256": self._data_hash(name),
+                    "data_sha256": self._data_hash([*self._fitted_on(row), "test", name]),
                     "tuned_on": facts["tuned_on"],
                     "fit_seconds": facts["fit_seconds"],
                     "extra_passes": facts["extra_passes"],
@@ -686,8 +720,15 @@ class Experiment:
     def _kept(
         self, name: str, fingerprint: str, compute: Callable[[], tuple[dict[str, np.ndarray], dict]]
     ) -> tuple[dict[str, np.ndarray], dict]:
-        """Arrays and facts from scores/<name>.safetensors while their fingerprint is there, else computed and kept."""
-        path = self.seed_directory / "scores" / f"{name}.safetensors"
+        """Arrays and facts from scores/<name>.safetensors while their fingerprint is there, else computed and kept.
+
+        A second process that asks for the same waits for the first.
+        """
+        path = self.scores_directory / f"{name}.safetensors"
+        with locked(path):
+            return self._read(path, fingerprint) or self._keep(path, fingerprint, *compute())
+
+    def _read(self, path: Path, fingerprint: str) -> tuple[dict[str, np.ndarray], dict] | None:
         if path.exists():
             try:
                 with safe_open(path, framework="np") as stored:
@@ -697,7 +738,11 @@ class Experiment:
                         return arrays, json.loads(metadata["facts"])
             except SafetensorError:
                 print(f"{path} is damaged and computed anew.", file=sys.stderr)
-        arrays, facts = compute()
+        return None
+
+    def _keep(
+        self, path: Path, fingerprint: str, arrays: dict[str, np.ndarray], facts: dict
+    ) -> tuple[dict[str, np.ndarray], dict]:
         with atomic_path(path) as temporary:
             save_file(
                 {key: np.ascontiguousarray(value) for key, value in arrays.items()},
@@ -706,9 +751,9 @@ class Experiment:
             )
         return arrays, facts
 
-    def _data_hash(self, ood_set: str) -> str:
-        """The first digits of a SHA-256 over the training, test and OOD images that a result rests on."""
-        return sha256_of_json([self.image_set(name).fingerprint for name in ("train", "test", ood_set)])[:16]
+    def _data_hash(self, names: Iterable[str]) -> str:
+        """The first digits of a SHA-256 over the images that a result rests on."""
+        return sha256_of_json([self.image_set(name).fingerprint for name in names])[:16]
 
     def scores(self, row: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """ID test scores [N] and OOD set -> scores of a row's detector; higher = more in-distribution."""
@@ -722,7 +767,8 @@ class Experiment:
         published = [
             results.published_values(self.config.published, line["method"], line["ood_set"]) for line in lines
         ]
-        return pd.DataFrame([line | values for line, values in zip(lines, published)])[results.COLUMNS]
+        table = pd.DataFrame([line | values for line, values in zip(lines, published)])
+        return table.assign(seed=self.seed)[results.COLUMNS]
 
     def resamples(self, table: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
         """One metric in percent on the bootstrap resamples of the methods in a results table, mean over its seeds.
@@ -734,7 +780,7 @@ class Experiment:
         method -> a column an OOD set, a line a resample
         """
         rows = {self._label(row): row for row in [*self.detectors, *self.tuned_rows]}
-        runs = [self.with_seed(seed) for seed in table.seed.unique()]
+        runs = [self.with_seed(int(seed)) for seed in table.seed.unique()]
         return {
             method: sum(
                 pd.DataFrame(

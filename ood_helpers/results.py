@@ -316,43 +316,44 @@ def paired_differences(
 
 def rank_intervals(
     results: pd.DataFrame, resamples: Mapping[str, pd.DataFrame], metric: str = "fpr95"
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, list[list[str]]]:
     """Mean rank of each method over the OOD sets (1 = best, ties share their mean) with its bootstrap interval.
+
+    Ranks of resamples are drawn towards the middle, where methods are close, so an interval may reach further inwards.
 
     Parameters as for `paired_differences`.
 
     Returns
     -------
-    method, mean_rank, low, high (95 % interval over the images); best first
+    ranks : method, mean_rank, low, high (95 % interval over the images); best first
+    cliques : runs of neighbours of which no two differ: the 95 % interval of each difference of mean ranks, paired,
+        contains 0. The longest runs only, those of a single method left out; methods in no common run may
+        still not differ
     """
-    methods, sign = list(resamples), 1 if metric == "fpr95" else -1
     from scipy.stats import rankdata  # late: importing scipy.stats takes half a second
 
+    methods, sign = list(resamples), 1 if metric == "fpr95" else -1
     sets = list(ordered_sets(results))
     values = wide_table(results, metric).loc[methods, sets].to_numpy()
-    drawn = rankdata(sign * np.stack([table[sets] for table in resamples.values()]), axis=0).mean(axis=2)
-    low, high = np.transpose([metrics.interval(ranks) for ranks in drawn])
     ranks = rankdata(sign * values, axis=0).mean(axis=1)
-    table = pd.DataFrame({"method": methods, "mean_rank": ranks, "low": low, "high": high})
-    return table.sort_values("mean_rank", kind="stable", ignore_index=True)
+    drawn = rankdata(sign * np.stack([table[sets] for table in resamples.values()]), axis=0).mean(axis=2)
+    order = np.argsort(ranks, kind="stable")
+    low, high = np.transpose([metrics.interval(drawn[place]) for place in order])
+    table = pd.DataFrame({"method": [methods[place] for place in order], "mean_rank": ranks[order]})
 
+    def equal(a: int, b: int) -> bool:
+        below, above = metrics.interval(drawn[order[a]] - drawn[order[b]])
+        return below <= 0 <= above
 
-def cliques(ranks: pd.DataFrame, differences: pd.DataFrame) -> list[list[str]]:
-    """Runs of methods, neighbours by mean rank, of which no two differ: each paired interval contains 0.
-
-    Longest runs only, those of a single method left out.
-    """
-    order, equal = list(ranks.method), set()
-    for line in differences[(differences.low <= 0) & (differences.high >= 0)].itertuples():
-        equal |= {(line.method_a, line.method_b), (line.method_b, line.method_a)}
-    found: list[list[str]] = []
+    cliques, reached = [], 0
     for start in range(len(order)):
         stop = start + 1
-        while stop < len(order) and all((order[stop], other) in equal for other in order[start:stop]):
+        while stop < len(order) and all(equal(stop, other) for other in range(start, stop)):
             stop += 1
-        if stop - start > 1 and not (found and order[stop - 1] in found[-1]):
-            found.append(order[start:stop])
-    return found
+        if stop - start > 1 and stop > reached:
+            cliques.append(table.method[start:stop].tolist())
+            reached = stop
+    return table.assign(low=low, high=high), cliques
 
 
 def nemenyi_distance(methods: int, sets: int) -> float:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ood_helpers import pipeline
 from ood_helpers.config import CONFIG_DIRECTORY, PROJECT_ROOT
-from ood_helpers.detectors import DETECTORS
+from ood_helpers.detectors import DETECTORS, Detector
 from ood_helpers.errors import InputError, MissingDataError
 from ood_helpers.features import shard_path
 from ood_helpers.pipeline import Experiment
@@ -73,7 +73,12 @@ def test_every_method_has_a_row_for_every_set(finished):
     assert (table.fpr95_lo <= table.fpr95).all() and (table.fpr95 <= table.fpr95_hi).all()
     assert (table.auroc_lo <= table.auroc).all() and (table.auroc <= table.auroc_hi).all()
     assert table.n_id.eq(600).all() and table.n_ood.eq(80).all()
-    assert table.data_sha256.nunique() == 5
+    kinds = table.data_sha256.groupby(table.method).apply(tuple)
+    # what rests on the validation images, and on those tuned on, has hashes of its own
+    assert (
+        kinds.nunique() == 3
+        and kinds["ReAct (tuned)"] == kinds["LINe (tuned)"] != kinds["LINe"] == kinds["MSP"]
+    )
 
 
 def test_a_second_run_reads_what_is_there(finished, monkeypatch):
@@ -207,6 +212,41 @@ def test_resamples_are_the_ones_behind_the_intervals(finished):
     expected = of_line[of_line.ood_set != "chimeras"].auroc.mean()
     assert means.loc[("LINe", tuned_sets), "auroc"] == pytest.approx(expected, abs=1e-3)
     assert ("LINe (tuned)", tuned_sets) in means.index and ("LINe (tuned)", all_sets) not in means.index
+
+
+def test_the_seconds_of_tuning_do_not_depend_on_who_tuned(finished):
+    """A notebook may have tuned before: what it took then is what it costs."""
+    run = small(finished[0], "tuning.grids={react: {percentile: [50.0, 97.0]}}")
+    run.tune("react")
+    took = run._grid("react")["seconds"]
+    again = small(finished[0], "tuning.grids={react: {percentile: [50.0, 97.0]}}")
+    assert again.results(["react_tuned"]).fit_seconds.iloc[0] > took > 0
+
+
+def test_what_was_chosen_rests_on_the_code_of_the_metrics(finished, monkeypatch):
+    run = small(finished[0])
+    rows = ("line", "line_tuned", "mahalanobis_ensemble")
+    before = {row: run._score_fingerprint(row) for row in rows}
+    source = inspect.getsource
+    changed = pipeline.metrics
+    monkeypatch.setattr("inspect.getsource", lambda what: source(what) + ("# new" if what is changed else ""))
+    after = {row for row in rows if run._score_fingerprint(row) != before[row]}
+    assert after == {"line_tuned", "mahalanobis_ensemble"}
+
+
+def test_a_value_that_a_method_refuses_is_left_out_of_the_choice(finished):
+    grid = "tuning.grids={knn: {k: [5, 5000]}}"
+    table = small(finished[0], grid).tune("knn")
+    assert table.auroc.isna().tolist() == [False, True] and table.chosen.tolist() == [True, False]
+    with pytest.raises(InputError, match="k is 5000, expected at most"):
+        small(finished[0], "tuning.grids={knn: {k: [5000]}}").tune("knn")
+
+
+def test_the_other_rule_of_react_can_be_set_beside_a_grid(finished):
+    run = small(finished[0], "react.clip=1.0", "react.percentile=null")
+    assert run.sweep("react", {"percentile": [90.0]}).percentile.tolist() == [90.0] * 5
+    learned = json.loads(run.results(["react"]).hyperparameters.iloc[0])
+    assert learned == {"percentile": None, "clip": 1.0, "learned": {"clip": 1.0}}
 
 
 def test_a_wrong_grid_is_refused_before_anything_is_computed(tmp_path):
@@ -375,6 +415,19 @@ def one_sentence(error) -> str:
 
 def test_the_npz_experiment_works_before_it_is_spoilt(spoilt):
     assert len(spoilt[1]().collect_results()) == 19 * 2
+
+
+def test_with_a_checkpoint_a_seed_changes_nothing(spoilt, monkeypatch):
+    """Neither scores nor intervals: resamples are of images, and averaged over seeds their noise must not shrink."""
+    run = spoilt[1]()
+    one = run.collect_results([0])
+    monkeypatch.setattr(Detector, "score_samples", lambda *_: pytest.fail("scored again"))
+    both = run.collect_results([0, 1])
+    assert both.seed.tolist() == [0] * len(one) + [1] * len(one)
+    same = both[both.seed == 1].drop(columns="seed").reset_index(drop=True)
+    pd.testing.assert_frame_equal(same, one.drop(columns="seed"))
+    single, mean = (run.resamples(table, "fpr95") for table in (one, both))
+    assert all(np.allclose(mean[method], single[method]) for method in single)
 
 
 def test_permuted_labels_are_caught_by_the_accuracy_guard_before_anything_is_scored(spoilt):

@@ -9,7 +9,6 @@ from ood_helpers.config import load_config
 from ood_helpers.results import (
     COLUMNS,
     PUBLISHED_PATH,
-    cliques,
     costs,
     defaults,
     export_tables,
@@ -207,20 +206,33 @@ def test_a_method_without_a_set_has_no_mean_over_it():
 
 
 def test_ranks_are_means_over_sets_with_an_interval_over_images():
-    table = rank_intervals(rows(), drawn(), "fpr95").set_index("method")
+    table, cliques = rank_intervals(rows(), drawn(), "fpr95")
+    assert cliques == [["MSP", "LINe"]]
+    table = table.set_index("method")
     assert table.mean_rank.to_dict() == pytest.approx({"MSP": 4 / 3, "LINe": 5 / 3})
     # near_set and far set are never in doubt; far two, 0.02 apart, is anyone's
     assert table.loc["MSP", ["low", "high"]].tolist() == pytest.approx([4 / 3, 5 / 3])
 
 
-def test_cliques_are_runs_of_methods_of_which_no_two_differ():
-    order, equal = "abcde", {"ab", "bc", "ac", "cd", "de"}
-    ranks = pd.DataFrame({"method": list(order)})
-    pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
-    lines = [(a, b, -1 if a + b in equal else 0.5, 1) for a, b in pairs]
-    differences = pd.DataFrame(lines, columns=["method_a", "method_b", "low", "high"])
-    assert cliques(ranks, differences) == [list("abc"), list("cd"), list("de")]
-    assert cliques(ranks, differences.assign(low=0.5)) == []
+def test_cliques_are_runs_of_neighbours_of_which_no_two_ranks_differ():
+    """On one set: a and b swap places, so do c and d, d and e, while c and e keep apart from each other."""
+    values = {
+        "a": [1, 2] * 50,
+        "b": [2, 1] * 50,
+        "c": [3] * 50 + [4] * 50,
+        "d": ([4] * 25 + [5] * 25) + [3] * 50,
+    }
+    values["e"] = [5] * 25 + [4] * 25 + [5] * 50
+    results = pd.concat(
+        rows().query("method == 'MSP' and ood_set == 'far set'").assign(method=name, fpr95=float(place))
+        for place, name in enumerate(values)
+    )
+    drawn = {name: pd.DataFrame({"far set": column}) for name, column in values.items()}
+    ranks, cliques = rank_intervals(results, drawn, "fpr95")
+    assert ranks.method.tolist() == list("abcde")
+    assert cliques == [["a", "b"], ["c", "d"], ["d", "e"]]
+    apart = {name: pd.DataFrame({"far set": [place] * 9}) for place, name in enumerate(values)}
+    assert rank_intervals(results, apart, "fpr95")[1] == []
 
 
 @pytest.mark.parametrize(("methods", "sets", "distance"), [(4, 14, 1.25), (2, 10, 0.62), (10, 5, 6.06)])

@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from typing import Any, ClassVar, Self
 
@@ -25,8 +25,8 @@ class Detector:
     it learns (attributes with a trailing underscore) and `_check()` for the ranges of its fields.
 
     Nothing that depends on a hyper-parameter outlives a change of it: set a field after `fit` and the next
-    score uses it. Scores are computed in the dtype and on the device of the bank that is scored, or in float64
-    where float32 would round different samples into ties.
+    score uses it. Scores are float64, on the device of the bank that is scored: features and logits come to `_score`
+    as float64, so that rounding ties no samples.
 
     What a method needs beyond banks and heads it says by `needs_images`, `needs_validation` and `fit_set`.
     """
@@ -57,6 +57,16 @@ class Detector:
     def extra_passes(self) -> int:
         """Passes through the network, forward or backward, that scoring an image costs beyond the one in its bank."""
         return 0
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """Values that the present hyper-parameters leave to the data, as None or a percentile does; ready for JSON.
+
+        Raises
+        ------
+        InputError : not fitted
+        """
+        return {}
 
     def hyperparameters(self) -> dict[str, Any]:
         """The fields and their present values, ready for JSON."""
@@ -212,7 +222,9 @@ class Detector:
             self._check_sizes(shard, self.head_)
             self._check_finite(shard.features, "features", start)
             self._check_finite(shard.logits, "logits", start)
-            outputs.append(function(shard))
+            outputs.append(
+                function(replace(shard, features=shard.features.double(), logits=shard.logits.double()))
+            )
             self._check_finite(outputs[-1], what, start)
             start += len(shard)
         if not outputs:

@@ -13,7 +13,7 @@ from ood_helpers.features import FeatureBank
 
 @dataclass
 class GEN(Detector):
-    """Score S = -sum over the M largest p_c of (p_c (1 - p_c))^gamma with p = softmax(z); float64 whatever the bank's dtype.
+    """Score S = -sum over the M largest p_c of (p_c (1 - p_c))^gamma with p = softmax(z).
 
     Hyper-parameters
     ----------------
@@ -33,7 +33,7 @@ class GEN(Detector):
 
     def _score(self, shard: FeatureBank) -> Tensor:
         count = min(shard.logits.shape[1], 100 if self.top is None else self.top)
-        probabilities = shard.logits.double().softmax(dim=1).sort(dim=1, descending=True).values
+        probabilities = shard.logits.softmax(dim=1).sort(dim=1, descending=True).values
         # of the largest, 1 - p is the sum of the others: a difference would round to 0 for a confident image
         rest = torch.cat([probabilities[:, 1:].sum(dim=1, keepdim=True), 1 - probabilities[:, 1:]], dim=1)
         return -(probabilities * rest)[:, :count].pow(self.gamma).sum(dim=1)

@@ -12,7 +12,7 @@ from ood_helpers.features import FeatureBank
 
 @dataclass
 class GradNorm(Detector):
-    """Score S = sum_d |f_d| * sum_c |1 / C - p_c| / T with p = softmax(z / T); float64 whatever the bank's dtype.
+    """Score S = sum_d |f_d| * sum_c |1 / C - p_c| / T with p = softmax(z / T).
 
     That is the L1 norm of the gradient of the cross-entropy between the uniform distribution and p by the head's
     weights, [C, D]: the gradient is (p - 1 / C) f^T / T, and the norm of an outer product the product of the norms, so no
@@ -32,6 +32,6 @@ class GradNorm(Detector):
         self._check_number("temperature", 0, inf, open_low=True)
 
     def _score(self, shard: FeatureBank) -> Tensor:
-        probabilities = (shard.logits.double() / self.temperature).softmax(dim=1)
+        probabilities = (shard.logits / self.temperature).softmax(dim=1)
         from_uniform = (probabilities - 1 / probabilities.shape[1]).abs().sum(dim=1)
-        return shard.features.double().abs().sum(dim=1) * from_uniform / self.temperature
+        return shard.features.abs().sum(dim=1) * from_uniform / self.temperature

@@ -15,7 +15,7 @@ TEMPLATES = {"train": "train", "test_leak": "test"}  # value of the hyper-parame
 
 @dataclass
 class KLMatching(Detector):
-    """Score S = -min_c KL(p || d_c) with p = softmax(z) and d_c the mean p of the images of class c; float64.
+    """Score S = -min_c KL(p || d_c) with p = softmax(z) and d_c the mean p of the images of class c.
 
     Hyper-parameters
     ----------------
@@ -56,7 +56,7 @@ class KLMatching(Detector):
                 f"{self.title}: found templates {self.templates!r} after a fit with {self._fitted_templates!r}, expected "
                 "the same; fit again on the other image set."
             )
-        return kl_matching_score(shard.logits.double().softmax(dim=1), self.templates_)
+        return kl_matching_score(shard.logits.softmax(dim=1), self.templates_)
 
 
 def kl_matching_score(probabilities: Tensor, templates: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ BLOCK = 8192  # training features in a block
 class KNN(Detector):
     """Score S = -(distance of f / ||f|| to the k-th nearest f' / ||f'|| of the ID training features f').
 
-    Exact, and float64 whatever the bank's dtype: for unit vectors the distance is sqrt(2 - 2 cos), which float32 would
-    round to 0 for near duplicates. The k largest cosines are kept while the training features pass block by block. Memory: CHUNK * (BLOCK + 2 k) numbers beside one training shard, whatever the number
-    of training images is. A feature of zeros has the cosine 0 with all others.
+    Exact: for unit vectors the distance is sqrt(2 - 2 cos), and the k largest cosines are kept while the training
+    features pass block by block. A feature of zeros has the cosine 0 with all others.
+
+    Memory, in float64 numbers beside the bank's shard and one training shard: BLOCK * D for a block of training
+    features, CHUNK * (BLOCK + 2 k + D) for the samples compared with it at once; nothing grows with the number of images.
 
     Hyper-parameters
     ----------------
@@ -51,15 +53,15 @@ class KNN(Detector):
 
     def _score(self, shard: FeatureBank) -> Tensor:
         self._check_neighbours()
-        queries = normalize(shard.features.double(), dim=1)
-        nearest = [chunk.new_empty(len(chunk), 0) for chunk in queries.split(CHUNK)]
+        kth = torch.cat([self._kth_cosine(normalize(chunk, dim=1)) for chunk in shard.features.split(CHUNK)])
+        return -(2 - 2 * kth).clamp(min=0).sqrt()
+
+    def _kth_cosine(self, queries: Tensor) -> Tensor:
+        nearest = queries.new_empty(len(queries), 0)
         for train in self.train_bank_.shards():
             for block in train.features.split(BLOCK):
-                block = normalize(block.to(queries), dim=1)
-                for number, chunk in enumerate(queries.split(CHUNK)):
-                    cosines = chunk @ block.T
-                    best = cosines.topk(min(self.k, len(block)), dim=1).values
-                    both = torch.cat([nearest[number], best], dim=1)
-                    nearest[number] = both.topk(min(self.k, both.shape[1]), dim=1).values
-        kth = torch.cat([cosines[:, -1] for cosines in nearest])
-        return -(2 - 2 * kth).clamp(min=0).sqrt()
+                cosines = queries @ normalize(block.to(queries), dim=1).T
+                best = cosines.topk(min(self.k, len(block)), dim=1).values
+                nearest = torch.cat([nearest, best], dim=1)
+                nearest = nearest.topk(min(self.k, nearest.shape[1]), dim=1).values
+        return nearest[:, -1]

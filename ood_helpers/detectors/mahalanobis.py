@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -50,6 +50,10 @@ class ClassGaussians:
             total += features.sum(dim=0)
         variances, axes = torch.linalg.eigh(scatter / len(train_bank))
         kept = variances > len(variances) * torch.finfo(torch.float64).eps * variances[-1]
+        if not kept.any():
+            raise InputError(
+                "Mahalanobis: the features do not vary within the classes, expected a covariance; take more training images."
+            )
         whitening = axes[:, kept] / variances[kept].sqrt()
         centre = total / len(train_bank)
         return cls(centre, whitening, (means - centre) @ whitening)
@@ -66,7 +70,7 @@ class ClassGaussians:
 
 @dataclass
 class Mahalanobis(Detector):
-    """Score S = max_c -(f - mu_c)^T P (f - mu_c) / 2, float64 whatever the bank's dtype.
+    """Score S = max_c -(f - mu_c)^T P (f - mu_c) / 2.
 
     mu_c is the mean training feature of class c, P the (pseudo-)inverse of the covariance that all classes
     share, (1 / N) sum over the training images of (f - mu_y)(f - mu_y)^T. This is the plain form, at the
@@ -100,9 +104,9 @@ class MahalanobisEnsemble(Detector):
        them, min(max(x + outlier_step * sign(grad_x CE(z, y)), 0), 1), with an L2 penalty on the weights of the
        standardised M (of the raw M in MOS) that 5-fold cross-validation chooses
 
-    The first half of the validation images trains the regression, the second half chooses the noise: the value of
-    least FPR95 against its adversarial copies, the earliest of equal ones. S ranks as -P(out | M) does, the score of
-    the paper, but does not saturate. float64 whatever the bank's dtype.
+    Every other validation image trains the regression, the others choose the noise: the value of least FPR95 against
+    their adversarial copies, the earliest of equal ones. S ranks as -P(out | M) does, the score of the paper, but does
+    not saturate.
 
     Hyper-parameters
     ----------------
@@ -179,6 +183,15 @@ class MahalanobisEnsemble(Detector):
         return available if self.layers is None else tuple(self.layers)
 
     @property
+    def learned(self) -> dict[str, Any]:
+        return {
+            "noise": self.noise_,
+            "layers": self.layers_,
+            "weights": self.weights_.tolist(),
+            "intercept": self.intercept_,
+        }
+
+    @property
     def weights_(self) -> Tensor:
         """w float64 [L]."""
         return self._regression().weights
@@ -228,11 +241,10 @@ class MahalanobisEnsemble(Detector):
 
     def _tune(self, noises: tuple[float, ...]) -> "_Regression":
         inside, outside = self._validation_scores(noises)
-        half = inside.shape[1] // 2
         candidates = []
         for noise, id_scores, copy_scores in zip(noises, inside, outside, strict=True):
-            regression = _Regression.fit(noise, id_scores[:half], copy_scores[:half])
-            fpr = fpr_at_tpr(regression.score(id_scores[half:]), regression.score(copy_scores[half:]))
+            regression = _Regression.fit(noise, id_scores[::2], copy_scores[::2])
+            fpr = fpr_at_tpr(regression.score(id_scores[1::2]), regression.score(copy_scores[1::2]))
             candidates.append((fpr, regression))
         return min(candidates, key=lambda candidate: candidate[0])[1]
 

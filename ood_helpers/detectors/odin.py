@@ -17,7 +17,7 @@ from ood_helpers.progress import track
 
 @dataclass
 class ODIN(Detector):
-    """Score S = max_c softmax(z(x') / T)_c, in [1 / C, 1], float64 whatever the bank's dtype.
+    """Score S = max_c softmax(z(x') / T)_c, in [1 / C, 1].
 
     x' = x - noise * sign(grad_x CE(softmax(z(x) / T), argmax_c z_c(x))), with sign(0) = +1; x' is not clipped.
 

@@ -1,11 +1,13 @@
 """Any detector of the library pytorch-ood that works on logits or pooled features, as a row of an experiment."""
 
+import copy
 import inspect
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +65,15 @@ class PyTorchOOD(Detector):
 
         return {"detector": PREFIX + self.class_name, "version": pytorch_ood.__version__, **self.arguments}
 
+    def variants(self, grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[dict[str, Any], Self]]:
+        """As for any detector, with constructor arguments of theirs as the hyper-parameters."""
+        for values in itertools.product(*grid.values()):
+            settings = dict(zip(grid, values, strict=True))
+            variant = copy.copy(self)
+            variant.arguments = self.arguments | settings
+            variant._check()
+            yield settings, variant
+
     def _check(self) -> None:
         # Theirs checks its arguments where it is made, so it is made once before any long work, for any head.
         self._make(Head(torch.zeros(2, 2), torch.zeros(2)))
@@ -82,7 +93,7 @@ class PyTorchOOD(Detector):
         with self._named_errors("scoring"):
             for chunk in inputs.split(max(1, min(1024, CHUNK // width))):
                 scores.append(predict(torch.cat([chunk, company]))[: len(chunk)])
-        return -torch.cat(scores).to(shard.features.device)
+        return -torch.cat(scores).to(shard.features)
 
     def _fitted(self) -> Any:
         key = (self.class_name, json.dumps(self.arguments, sort_keys=True))

@@ -1,8 +1,9 @@
 """ReAct: rectified activations."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -44,6 +45,13 @@ class ReAct(Detector):
         self._check_number("percentile", 0, 100, optional=True)
         self._check_number("clip", 0, inf, optional=True, open_low=True)
 
+    def variants(self, grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[dict[str, Any], Self]]:
+        """As for any detector; values of one rule switch the other off."""
+        other = {"percentile": "clip", "clip": "percentile"}
+        off = {other[name]: [None] for name in other if name in grid and other[name] not in grid}
+        for settings, variant in super().variants({**grid, **off}):
+            yield {name: settings[name] for name in grid}, variant
+
     def _fit(self, train_bank: Bank) -> None:
         self._check_training_features(train_bank)
         self.train_bank_ = train_bank
@@ -59,6 +67,10 @@ class ReAct(Detector):
         if self.clip is not None:
             return self.clip
         return self._cached(self.percentile, lambda: activation_percentile(self.train_bank_, self.percentile))
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        return {"clip": self.clip_value()}
 
     def _score(self, shard: FeatureBank) -> Tensor:
         clipped = shard.features.clamp(max=self.clip_value())

@@ -1,7 +1,7 @@
 """ViM: virtual-logit matching."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -93,6 +93,10 @@ class ViM(Detector):
             norms += float(self._norms(shard).sum())
         return logits / norms
 
+    @property
+    def learned(self) -> dict[str, Any]:
+        return {"dimension": self.dimension_, "alpha": self.alpha()}
+
     def residual_norms(self, bank: Bank) -> Tensor:
         """||R^T (f - u)|| [N] of a bank, float64; raises like `score_samples`."""
         return self._over_shards(bank, self._norms, "residual norms")
@@ -103,4 +107,4 @@ class ViM(Detector):
         return ((shard.features.double() - self.origin_.to(device)) @ residual).norm(dim=1)
 
     def _score(self, shard: FeatureBank) -> Tensor:
-        return energy_score(shard.logits) - (self.alpha() * self._norms(shard)).to(shard.logits.dtype)
+        return energy_score(shard.logits) - self.alpha() * self._norms(shard)

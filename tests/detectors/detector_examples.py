@@ -25,6 +25,12 @@ def make_bank(features, head, labels=None):
     return FeatureBank(features, head.logits(features), labels)
 
 
+def spread(bank, head):
+    """Two samples for each of a bank, so that its class means stay and there is a covariance."""
+    shift = 0.1 * torch.eye(*bank.features.shape, dtype=bank.features.dtype)
+    return make_bank(torch.cat([bank.features - shift, bank.features + shift]), head, bank.labels.repeat(2))
+
+
 def split(bank, *sizes):
     """The same samples in shards of the given sizes."""
     pieces, start = [], 0

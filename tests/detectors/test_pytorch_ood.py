@@ -143,14 +143,12 @@ def test_an_argument_changed_after_fit_changes_the_score_at_once(problem):
     train, head, bank = problem
     detector = create("pytorch_ood.KNN", k=5).fit(train, head)
     before = detector.score_samples(bank)
-    for settings, variant in detector.variants({"arguments": [{"k": 20}, {"k": 40}]}):
-        assert_allclose(
-            variant.score_samples(bank), scores(problem, "pytorch_ood.KNN", **settings["arguments"])
-        )
+    for settings, variant in detector.variants({"k": [20, 40]}):
+        assert_allclose(variant.score_samples(bank), scores(problem, "pytorch_ood.KNN", **settings))
     assert_allclose(detector.score_samples(bank), before)
     detector.class_name, detector.arguments = "Mahalanobis", {}
     assert_allclose(detector.score_samples(bank), scores(problem, "pytorch_ood.Mahalanobis"))
-    with pytest.raises(InputError, match="no hyper-parameter 'k'"):
+    with pytest.raises(InputError, match="no argument 'k'"):
         next(detector.variants({"k": [5]}))
 
 
