@@ -81,8 +81,10 @@ def _lasting(manifest: dict) -> dict:
         seed: record | {"banks": {name: bank["key"] for name, bank in record.get("banks", {}).items()}}
         for seed, record in manifest["inputs"].items()
     }
+    outputs = {name: found for name, found in manifest["outputs"].items() if "_cost." not in name}  # seconds
     return {key: value for key, value in manifest.items() if key not in ("git_commit", "notebooks")} | {
-        "inputs": inputs
+        "inputs": inputs,
+        "outputs": outputs,
     }
 
 
