@@ -1392,7 +1392,8 @@ def _method_table(
     values = table.to_numpy(dtype=float)
     # a gap separates the sets from the means
     columns = [column + (0.25 if column >= len(sets) else 0) for column in range(values.shape[1])]
-    upright = values.shape[1] > 8  # the names are too wide for so narrow columns
+    widest = max(len(word) for name in sets for word in textwrap.wrap(name, 11))
+    upright = 0.065 * widest > 4.6 / values.shape[1]  # inches: the names are too wide for so narrow columns
     height = (0.27 if len(table) <= 12 else 0.22) * len(table) + (1.4 if upright else 0.9)
     figure = _new_figure(max(height, 1.9), caption, title, min(WIDTH, 2.7 + 0.75 * values.shape[1]))
     axes = figure.subplots()

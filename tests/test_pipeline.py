@@ -234,6 +234,13 @@ def test_what_was_chosen_rests_on_the_code_of_the_metrics(finished, monkeypatch)
     assert after == {"line_tuned", "mahalanobis_ensemble"}
 
 
+def test_an_image_bank_shows_the_images_that_its_bank_was_made_of(finished):
+    run = small(finished[0])
+    for shard in run.image_bank("letters").shards():
+        again = torch.cat([shard.network.logits(pixels) for pixels in shard.pixels()])
+        torch.testing.assert_close(again, shard.logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_value_that_a_method_refuses_is_left_out_of_the_choice(finished):
     grid = "tuning.grids={knn: {k: [5, 5000]}}"
     table = small(finished[0], grid).tune("knn")
