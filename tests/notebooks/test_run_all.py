@@ -143,8 +143,13 @@ def test_list_names_notebooks_experiments_and_detectors(tmp_path):
 
 def test_real_cifar10_run_from_images_to_the_report(shared, tmp_path):
     sets = {"SVHN", "Textures", "Tiny-ImageNet", "CIFAR-100"}
-    settings = [f"ood.{name}.images.subset.first=96" for name in sets]
-    settings += ["tuning.images.subset.first=96", "id.train.subset.first=512", "id.test.subset.first=128"]
+    settings = [f"ood.{name}.images.subset.first=48" for name in sets]
+    settings += [
+        "metrics.bootstrap_resamples=100",
+        "tuning.images.subset.first=48",
+        "id.train.subset.first=512",
+        "id.test.subset.first=128",
+    ]
     settings += ["id.validation.subset.first=64", "mahalanobis_ensemble.noise=0.0005"]
     settings += ["backbone.expected_accuracy=93.7500", "backbone.tolerance=0.01"]  # 120 of images 218 to 345
     status, output = run_all(
@@ -153,7 +158,7 @@ def test_real_cifar10_run_from_images_to_the_report(shared, tmp_path):
     assert status == 0, output
     results = check_outputs(tmp_path, "cifar10_npz", sets, related={"Tiny-ImageNet"})
     assert results.id_accuracy.unique().tolist() == pytest.approx([100 * 120 / 128], abs=1e-3)
-    assert results.n_id.eq(128).all() and results.n_ood.eq(96).all()
+    assert results.n_id.eq(128).all() and results.n_ood.eq(48).all()
     means = results[results.group == "far"].groupby("method").auroc.mean()
     assert means.min() > 60  # every method has learnt something from the real features
     assert results.groupby("method").extra_passes.first().gt(0).pipe(lambda some: set(some[some].index)) == {
