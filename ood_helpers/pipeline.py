@@ -80,9 +80,10 @@ class Experiment:
         self._fit_seconds: dict[str, float] = {}
         if config.tuning is not None:
             for row, grid in config.tuning.grids.items():
-                list(
-                    self.detectors[row].variants(grid)
-                )  # a wrong grid is refused before anything long starts
+                try:  # a wrong grid is refused before anything long starts
+                    list(self.detectors[row].variants(grid))
+                except InputError as error:
+                    raise InputError(f"tuning.grids.{row}: {error}") from None
         self.transform = Transform(**dict(config.transform))
         self.missing: dict[str, str] = {}
         self.tuning_missing = ""
@@ -260,7 +261,21 @@ class Experiment:
             raise MissingDataError(
                 "All OOD sets are missing, expected at least one:\n" + "\n".join(self.missing.values())
             )
+        self._check_apart()
         self._checked = True
+
+    def _check_apart(self) -> None:
+        """What is chosen on images must not be reported on them; a few equal images occur in public sets."""
+        chosen_on = [name for name in ("validation", "tuning") if name in self._image_sets]
+        reported = ["test", *(ood.name for ood in self.config.ood if ood.name in self._image_sets)]
+        for ours, theirs in itertools.product(chosen_on, reported):
+            one, other = self.image_set(ours), self.image_set(theirs)
+            shared = one.shared_with(other)
+            if shared > 0.01 * min(len(one), len(other)):
+                raise InputError(
+                    f"{shared:,} of the {len(one):,} images of {one.name} ({ours}), on which hyper-parameters are chosen, are "
+                    f"also in {other.name}, which is reported, expected other images; change one of the two."
+                )
 
     def _open_all(self, names: list[str], problems: list[str]) -> None:
         for name in names:

@@ -1121,7 +1121,15 @@ def rank_intervals(
         axes.errorbar(1 + nemenyi / 2, -0.8, xerr=nemenyi / 2, color="black", capsize=3)
         text = f"Nemenyi critical difference {nemenyi:.1f}"
         axes.text(1, -1.1, text, ha="left", va="bottom", fontsize=8)
-    handles = [Line2D([], [], color="0.3", linewidth=3, label="bar at the right: no two of its methods can be told apart")]
+    handles = [
+        Line2D(
+            [],
+            [],
+            color="0.3",
+            linewidth=3,
+            label="bar at the right: no two of its methods can be told apart",
+        )
+    ]
     figure.legend(handles=handles, loc="outside lower center")
     return figure
 

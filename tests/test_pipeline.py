@@ -259,7 +259,7 @@ def test_the_other_rule_of_react_can_be_set_beside_a_grid(finished):
 def test_a_wrong_grid_is_refused_before_anything_is_computed(tmp_path):
     for grids, sentence in (
         ("{react: {percentil: [3]}}", "did you mean 'percentile'"),
-        ("{react: {percentile: [300]}}", "percentile is 300"),
+        ("{react: {percentile: [300]}}", "tuning.grids.react: ReAct: percentile is 300"),
         ("{raect: {percentile: [3]}}", "did you mean 'react'"),
         ("{react: {percentile: []}}", "tuning.grids.react has no values"),
     ):
@@ -269,6 +269,23 @@ def test_a_wrong_grid_is_refused_before_anything_is_computed(tmp_path):
         Experiment.open("digits", overrides=["id.validation=null"])
     with pytest.raises(InputError, match="There is no grid for 'msp' in digits"):
         Experiment.open("digits").tune("msp")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["tuning.images={source: embedded, set: noise, count: 100}", "ood.noise.images.count=100"],
+            "100 of the 100 images of jigsaw digits (tuning)",
+        ),
+        (["id.validation.split=test"], "600 of the 600 images of digits validation (validation)"),
+    ],
+)
+def test_what_is_reported_is_not_chosen_on(tmp_path, overrides, sentence):
+    run = Experiment.open("digits", overrides=overrides, run_dir=str(tmp_path), device="cpu")
+    with pytest.raises(InputError) as error:
+        run.check_images()
+    assert sentence in one_sentence(error) and "which is reported" in str(error.value)
 
 
 def test_without_the_outliers_to_tune_on_there_are_no_tuned_rows(tmp_path):

@@ -114,6 +114,17 @@ class ImageSet:
             indices=self.indices[key],
         )
 
+    def shared_with(self, other: "ImageSet") -> int:
+        """How many images are in both sets: equal pixels of two arrays, equal paths of two sets of files, else not compared."""
+        if (self.array is None) != (other.array is None):
+            return 0
+        return len(self._identities() & other._identities())
+
+    def _identities(self) -> set[Any]:
+        if self.array is None:
+            return {os.path.realpath(self.path(i)) for i in range(len(self))}
+        return {hashlib.sha256(image.tobytes()).digest() for image in self.array}
+
     def without_unreadable(self) -> "ImageSet":
         """Decode every file once and leave out those that cannot be decoded; they are listed in `skipped`.
 
