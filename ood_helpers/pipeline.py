@@ -493,9 +493,9 @@ class Experiment:
 
     def _tuned_detector(self, row: str) -> Detector:
         if row not in self._tuned:
-            base, grid = row.removesuffix(TUNED), self.config.tuning.grids[row.removesuffix(TUNED)]
-            table = self.tune(base)
-            _, detector = list(self.detector(base).variants(grid))[table.index[table.chosen].item()]
+            base, table = self._base(row), self.tune(self._base(row))
+            variants = list(self.detector(base).variants(self.config.tuning.grids[base]))
+            _, detector = variants[table.index[table.chosen].item()]
             detector.label = self._label(row)
             images, outliers = len(self.image_set("validation")), len(self.image_set("tuning"))
             detector.tuned_on = (
@@ -506,10 +506,13 @@ class Experiment:
             self._fit_seconds[row] = self._fit_seconds[base] + self._grid(base)["seconds"]
         return self._tuned[row]
 
+    def _base(self, row: str) -> str:
+        """The row that a tuned one stands beside; any other row itself."""
+        return row.removesuffix(TUNED) if row in self.tuned_rows else row
+
     def _label(self, row: str) -> str:
-        if row in self.tuned_rows:
-            return results.tuned_label(self._label(row.removesuffix(TUNED)))
-        return self._unfitted(row).label
+        label = self._unfitted(self._base(row)).label
+        return results.tuned_label(label) if row in self.tuned_rows else label
 
     def labels(self, rows: Iterable[str] | None = None) -> list[str]:
         """The names in tables and figures of some rows (default: those of the config)."""
@@ -637,13 +640,13 @@ class Experiment:
         return {name: group for name, group in self.ood_groups.items() if name not in related}
 
     def _score_fingerprint(self, row: str) -> str:
-        base = self._unfitted(row.removesuffix(TUNED) if row in self.tuned_rows else row)
+        base = self._unfitted(self._base(row))
         choice, code = [], [_code_of(type(base))]
         if base.needs_validation or row in self.tuned_rows:  # the metrics have a say in what is chosen
             code.append(_hash_of([metrics]))
         if row in self.tuned_rows:
             tuning = self.config.tuning
-            choice = [tuning.grids[row.removesuffix(TUNED)], tuning.metric]
+            choice = [tuning.grids[self._base(row)], tuning.metric]
             code.append(_hash_of([Experiment.tune, Experiment.sweep, Experiment.compare]))
         sets = sorted({*self._fitted_on(row), "test", *self._sets_of(row)})
         return sha256_of_json(
@@ -656,7 +659,7 @@ class Experiment:
 
     def _fitted_on(self, row: str) -> list[str]:
         """The image sets that a row's detector learns from."""
-        base = self._unfitted(row.removesuffix(TUNED) if row in self.tuned_rows else row)
+        base = self._unfitted(self._base(row))
         sets = [base.fit_set]
         if (base.needs_validation and "validation" in self.id_names) or row in self.tuned_rows:
             sets.append("validation")
@@ -674,13 +677,14 @@ class Experiment:
             begin = time.perf_counter()
             scores[name] = detector.score_samples(self._bank_for(detector, name)).cpu().numpy()
             seconds[name] = time.perf_counter() - begin
-        leak = (
-            "" if detector.fit_set == "train" else f"fitted on the labelled ID {detector.fit_set} set, a leak"
-        )
+        settings, tuned_on = detector.hyperparameters(), detector.tuned_on
+        if detector.learned:
+            settings["learned"] = detector.learned
+        if detector.fit_set != "train":
+            tuned_on = f"fitted on the labelled ID {detector.fit_set} set, a leak"
         facts = {
-            "hyperparameters": detector.hyperparameters()
-            | ({"learned": detector.learned} if detector.learned else {}),
-            "tuned_on": detector.tuned_on or leak,
+            "hyperparameters": settings,
+            "tuned_on": tuned_on,
             "extra_passes": detector.extra_passes,
             "fit_seconds": self._fit_seconds.get(row),
             "seconds": seconds,
@@ -795,17 +799,16 @@ class Experiment:
         method -> a column an OOD set, a line a resample
         """
         rows = {self._label(row): row for row in [*self.detectors, *self.tuned_rows]}
-        runs = [self.with_seed(int(seed)) for seed in table.seed.unique()]
-        return {
-            method: sum(
-                pd.DataFrame(
-                    {name: run._evaluated(rows[method])[0][f"{metric}/{name}"] for name in own.unique()}
-                )
-                for run in runs
+        runs, averaged = [self.with_seed(int(seed)) for seed in table.seed.unique()], {}
+        for method, own in table.groupby("method", sort=False).ood_set:
+            drawn = [run._evaluated(rows[method])[0] for run in runs]
+            averaged[method] = pd.DataFrame(
+                {
+                    name: np.mean([arrays[f"{metric}/{name}"] for arrays in drawn], axis=0)
+                    for name in own.unique()
+                }
             )
-            / len(runs)
-            for method, own in table.groupby("method", sort=False).ood_set
-        }
+        return averaged
 
     def collect_results(self, seeds: Iterable[int] | None = None) -> pd.DataFrame:
         """The results of all methods and seeds, written to results.csv and returned."""

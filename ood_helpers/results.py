@@ -122,7 +122,7 @@ def mean_table(results: pd.DataFrame, resamples: Mapping[str, Mapping[str, pd.Da
     Returns
     -------
     one line a method and mean (near, far, all sets): experiment, method, ood_sets (joined by "; "), and for each metric
-    its mean over seeds and sets, _lo and _hi (95 % interval), _std (over seeds; NaN for one)
+    its mean over seeds and sets, _lo and _hi (95 % interval), _std (over seeds; NaN where they do not differ)
     """
     lines = []
     for members in _averaged(results).values():
@@ -134,7 +134,7 @@ def mean_table(results: pd.DataFrame, resamples: Mapping[str, Mapping[str, pd.Da
                 of_seeds = rows.groupby("seed")[metric].mean()
                 low, high = metrics.interval(by_method[method][members].mean(axis=1))
                 line |= {metric: of_seeds.mean(), f"{metric}_lo": low, f"{metric}_hi": high}
-                line[f"{metric}_std"] = of_seeds.std()
+                line[f"{metric}_std"] = _spread(of_seeds)
             lines.append(line)
     return pd.DataFrame(lines)
 
@@ -157,30 +157,29 @@ def _cells(
     printed = table.round(1)
     best = printed.eq(printed.min() if metric == "fpr95" else printed.max())
     for (method, ood_set), rows in results.groupby(["method", "ood_set"], sort=False):
-        if rows[metric].nunique() > 1:
-            cells.loc[method, ood_set] += f" ± {rows[metric].std():.1f}"
-        else:
-            cells.loc[method, ood_set] += (
-                f" ({rows[f'{metric}_lo'].iloc[0]:.1f}–{rows[f'{metric}_hi'].iloc[0]:.1f})"
-            )
-    for column, members in _averaged(results).items():
-        known = (
-            {}
-            if means is None
-            else means[means.ood_sets == "; ".join(members)].set_index("method").to_dict("index")
-        )
-        for method in cells.index[table[column].notna() & table.index.isin(known)]:
-            line = known[method]
-            if line[f"{metric}_std"] > 0:
-                cells.loc[method, column] += f" ± {line[f'{metric}_std']:.1f}"
-            else:
-                cells.loc[method, column] += f" ({line[f'{metric}_lo']:.1f}–{line[f'{metric}_hi']:.1f})"
+        low, high = rows[f"{metric}_lo"].iloc[0], rows[f"{metric}_hi"].iloc[0]
+        cells.loc[method, ood_set] += _uncertainty(_spread(rows[metric]), low, high)
+    columns = {"; ".join(members): column for column, members in _averaged(results).items()}
+    for line in [] if means is None else means.to_dict("records"):
+        place = line["method"], columns.get(line["ood_sets"])
+        if place[0] in cells.index and place[1] is not None:
+            ends = [line[f"{metric}_{end}"] for end in ("std", "lo", "hi")]
+            cells.loc[place] += _uncertainty(*ends)
     cells = cells.map(escape)
     daggers = {method: f"{method} †" for method in _tuned_on(results)}
     cells = cells.where(~best, cells.map(bold)).rename(index=daggers).rename(index=escape, columns=escape)
     for name in missing:
         cells[escape(name)] = "missing"
     return cells
+
+
+def _spread(values: pd.Series) -> float:
+    """Standard deviation over seeds; NaN where they do not differ, as with one seed or a checkpoint."""
+    return values.std() if values.nunique() > 1 else np.nan
+
+
+def _uncertainty(spread: float, low: float, high: float) -> str:
+    return f" ({low:.1f}–{high:.1f})" if np.isnan(spread) else f" ± {spread:.1f}"
 
 
 def _tuned_on(results: pd.DataFrame) -> dict[str, str]:

@@ -198,6 +198,14 @@ def test_means_over_several_seeds_show_the_spread_of_the_mean():
     assert markdown_table(table, "fpr95", means=means).splitlines()[2].split(" | ")[-2] == "31.0 ± 1.4"
 
 
+def test_seeds_that_do_not_differ_have_no_spread():
+    """With a checkpoint; the standard deviation of three equal values is not always exactly 0."""
+    table = pd.concat([rows().assign(seed=seed, fpr95=0.1) for seed in range(3)])
+    means = mean_table(table, {"fpr95": drawn(), "auroc": drawn()})
+    assert means.fpr95_std.isna().all()
+    assert "±" not in markdown_table(table, "fpr95", means=means)
+
+
 def test_a_method_without_a_set_has_no_mean_over_it():
     table = rows()[lambda t: (t.method != "LINe") | (t.ood_set != "near_set")]
     means = mean_table(table, {"fpr95": drawn(), "auroc": drawn()})

@@ -46,9 +46,8 @@ class KLMatching(Detector):
         return TEMPLATES[self.templates]
 
     def _fit(self, train_bank: Bank) -> None:
-        classes = self.head_.num_classes
-        means = self._class_means(_Probabilities(train_bank))
-        self.templates_, self._fitted_templates = means.reshape(classes, classes), self.templates
+        self.templates_ = self._class_means(_Probabilities(train_bank))
+        self._fitted_templates = self.templates
 
     def _score(self, shard: FeatureBank) -> Tensor:
         if self.templates != self._fitted_templates:
