@@ -15,6 +15,7 @@ from ood_helpers import config
 from ood_helpers.data import embedded
 from ood_helpers.data.archives import archive_name, fetch, unpack
 from ood_helpers.data.image_set import ImageSet
+from ood_helpers.data.imagenet import devkit_to_sorted
 from ood_helpers.errors import InputError, MissingDataError, nearest
 from ood_helpers.files import atomic_path, sha256_of_json
 
@@ -222,6 +223,14 @@ def _open_list(images: config.ListImages, cache_dir: Path) -> ImageSet:
         raise InputError(
             f"The image list {path} has the class number {numbers.min()}; expected 0, 1, ..., or -1 in all lines."
         )
+    if numbers is not None and images.class_numbering == "ilsvrc2012_devkit":
+        place = devkit_to_sorted()
+        if numbers.max() >= len(place):
+            raise InputError(
+                f"The image list {path} has the class number {numbers.max()}, expected devkit ids minus 1, 0 to "
+                f"{len(place) - 1}; correct it or the class_numbering."
+            )
+        numbers = place[numbers]
     return ImageSet("", f"list {path}, images below {root}", root=root, files=files, labels=numbers)
 
 

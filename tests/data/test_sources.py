@@ -120,10 +120,16 @@ def test_subset_errors(tmp_path, cache):
 # list
 
 
-def image_list(class_folders, text, cache, labelled=True, **options):
+def image_list(class_folders, text, cache, labelled=True, class_numbering="as_is", **options):
     path = class_folders.parent / "list.txt"
     path.write_text(text, encoding="utf-8")
-    source = config.ListImages(source="list", path=str(path), root=str(class_folders), labelled=labelled)
+    source = config.ListImages(
+        source="list",
+        path=str(path),
+        root=str(class_folders),
+        labelled=labelled,
+        class_numbering=class_numbering,
+    )
     return open_image_set(source, "listed", cache_dir=cache, **options)
 
 
@@ -140,6 +146,20 @@ def test_list_with_minus_one_everywhere_has_no_labels(class_folders, cache):
     assert image_list(class_folders, "ape/a.png -1\nape/b.png -1\n", cache).labels is None
     with pytest.raises(InputError, match="class number -1"):
         image_list(class_folders, "ape/a.png -1\nape/b.png 1\n", cache)
+
+
+def test_list_with_the_class_numbers_of_the_devkit(class_folders, cache):
+    lines = "ape/a.png 0\nape/b.png 448\nbee/0.png 888\n"
+
+    def labels(text, **options):
+        return image_list(class_folders, text, cache, class_numbering="ilsvrc2012_devkit", **options).labels
+
+    assert labels(lines).tolist() == [278, 0, 999], "kit fox, tench, toilet tissue"
+    assert image_list(class_folders, lines, cache).labels.tolist() == [0, 448, 888]
+    assert labels("ape/a.png -1\nape/b.png -1\n") is None
+    assert labels("ape/a.png\nape/b.png\n", labelled=False) is None
+    with pytest.raises(InputError, match="class number 1000, expected devkit ids minus 1, 0 to 999"):
+        labels("ape/a.png 0\nape/b.png 1000\n")
 
 
 def test_list_errors(class_folders, cache):

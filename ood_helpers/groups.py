@@ -1,0 +1,318 @@
+"""The groups of a group softmax (MOS): which class is in which, and the softmax of each with its "others".
+
+Huang and Li, CVPR 2021, arXiv 2105.01879, section 3. The classes are divided by meaning, by k-means of their mean
+features, or at random.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+from ood_helpers.config import CONFIG_DIRECTORY, GroupsConfig, resolve_path
+from ood_helpers.errors import InputError, nearest
+
+GROUP_DIRECTORY = CONFIG_DIRECTORY / "groups"
+
+
+def _index(compute: Callable[["Groups"], Tensor]) -> cached_property:
+    """A tensor computed once; never inside torch.inference_mode, whose tensors cannot be used in training later."""
+    return cached_property(torch.inference_mode(False)(compute))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """C classes in K groups, and the layout of a head with a softmax in each: C + K logits, group by group, where
+    the first of a group's n_k + 1 columns is "others" and the rest are its classes in the order of `members`.
+
+    names : of the groups; members : the classes of each
+
+    Raises
+    ------
+    InputError : a class of 0, ..., C - 1 in no group or in two, a group without classes or without a name of its own
+    """
+
+    names: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.members) or len(set(self.names)) != len(self.names):
+            raise InputError(
+                f"{len(self.members)} groups are named {', '.join(self.names) or 'nothing'}; give each a name of its own."
+            )
+        group_of: dict[int, str] = {}
+        for name, members in zip(self.names, self.members):
+            if not members:
+                raise InputError(f"The group {name!r} has no class; expected one or more, or remove it.")
+            for number in members:
+                if number in group_of:
+                    where = f"{group_of[number]!r} and {name!r}" if group_of[number] != name else f"{name!r}"
+                    raise InputError(
+                        f"Class {number} is listed twice in the groups ({where}), expected once; remove one of them."
+                    )
+                group_of[number] = name
+        if set(group_of) != set(range(len(group_of))):
+            raise InputError(
+                f"The groups have {len(group_of)} classes, numbered {min(group_of)} to "
+                f"{max(group_of)}, expected 0, 1, ... without a gap; add the missing ones."
+            )
+
+    @property
+    def num_classes(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.members)
+
+    @property
+    def num_logits(self) -> int:
+        return self.num_classes + self.num_groups
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Classes a group, without "others"."""
+        return tuple(len(members) for members in self.members)
+
+    @property
+    def slices(self) -> list[tuple[int, int]]:
+        """First and one past the last column of each group."""
+        ends = np.cumsum(np.array(self.sizes) + 1).tolist()
+        return list(zip([0, *ends[:-1]], ends))
+
+    @_index
+    def others(self) -> Tensor:
+        """Column [K] of each group's "others", int64."""
+        return torch.tensor([start for start, _ in self.slices])
+
+    @_index
+    def columns(self) -> Tensor:
+        """Column [C] of each class, int64."""
+        return self.others[self.group_of_class] + 1 + self.place_in_group
+
+    @_index
+    def group_of_class(self) -> Tensor:
+        """Group [C] of each class, int64."""
+        return self._by_class([group for group, size in enumerate(self.sizes) for _ in range(size)])
+
+    @_index
+    def place_in_group(self) -> Tensor:
+        """Place [C] of each class among those of its group, from 0, int64."""
+        return self._by_class([place for size in self.sizes for place in range(size)])
+
+    @_index
+    def _group_of_column(self) -> Tensor:
+        """Group [C + K] of each column."""
+        return torch.arange(self.num_groups).repeat_interleave(torch.tensor(self.sizes) + 1)
+
+    @_index
+    def _classes(self) -> Tensor:
+        """Class [C] of each column that is not an "others"."""
+        return torch.tensor([number for members in self.members for number in members])
+
+    def _by_class(self, values: list[int]) -> Tensor:
+        """One value a class, from the order of the columns to that of the classes."""
+        return torch.empty(self.num_classes, dtype=torch.int64).scatter_(
+            0, self._classes, torch.tensor(values)
+        )
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Place in the softmax of each group [N, K] int64 of labels [N]: of the class in its own, 0 = "others" in all
+        other groups."""
+        group = self.group_of_class.to(labels.device)[labels]
+        place = self.place_in_group.to(labels.device)[labels]
+        return F.one_hot(group, self.num_groups) * (place + 1)[:, None]
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """Logarithm of the softmax over the columns of each group [N, C + K], of logits [N, C + K]."""
+        group = self._group_of_column
+        largest, log_sum = _log_sum_exp(logits, group, self.num_groups)
+        return logits - _take(largest, group) - _take(log_sum, group)
+
+    def log_odds(self, logits: Tensor) -> Tensor:
+        """g_k = logsumexp(z_k without "others") - z_k of "others" [N, K], of logits [N, C + K].
+
+        p_k("others") = 1 / (1 + exp(g_k)); g_k still differs where p_k is rounded to 0 or 1.
+        """
+        largest, log_sum = _log_sum_exp(_take(logits, self.columns), self.group_of_class, self.num_groups)
+        return largest - _take(logits, self.others) + log_sum
+
+    def log_others(self, logits: Tensor) -> Tensor:
+        """log p_k("others") [N, K], of logits [N, C + K]."""
+        return F.logsigmoid(-self.log_odds(logits))
+
+    def others_probability(self, logits: Tensor) -> Tensor:
+        """p_k("others") [N, K] in [0, 1], of logits [N, C + K]."""
+        return torch.sigmoid(-self.log_odds(logits))
+
+    def classify(self, logits: Tensor) -> Tensor:
+        """Class [N] int64 with the largest probability in the softmax of its group, of logits [N, C + K].
+
+        The probabilities of a group's classes sum up to 1 - p_k("others"); of equal ones the first column's is taken.
+        In float64, as float32 makes equal what is near 1.
+        """
+        in_order_of_columns = self.columns[self._classes]
+        best = _take(self.log_softmax(logits.double()), in_order_of_columns).argmax(dim=1)
+        return self._classes.to(logits.device)[best]
+
+
+def _log_sum_exp(z: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """m_k = largest of z over the columns of group k, and log sum exp(z - m_k) over them, both [N, K]; group [L] of each
+    column of z [N, L].
+
+    The two are apart as their sum would be rounded to the precision of large logits.
+    """
+    group = group.to(z.device)
+    empty = z.new_full((len(z), num_groups), -torch.inf)
+    # The shift cancels out, so that no gradient has to go through it.
+    largest = empty.scatter_reduce(1, group.expand_as(z), z.detach(), "amax")
+    total = torch.zeros_like(largest).index_add(1, group, torch.exp(z - _take(largest, group)))
+    return largest, total.log()
+
+
+def _take(table: Tensor, columns: Tensor) -> Tensor:
+    """table[:, columns]; index_select is several times faster."""
+    return table.index_select(1, columns.to(table.device))
+
+
+def make_groups(
+    config: GroupsConfig,
+    class_names: Sequence[str] | None,
+    num_classes: int,
+    class_means: Callable[[], Tensor],
+) -> Groups:
+    """The groups of a config: from its file, by k-means, or at random.
+
+    class_means : gives the mean training features [C, D] of each class, called for k-means only
+    """
+    if config.strategy == "taxonomy":
+        return read_groups(config.file, class_names, num_classes)
+    if config.strategy == "kmeans":
+        return kmeans_groups(class_means(), config.number, config.seed)
+    return random_groups(num_classes, config.number, config.seed)
+
+
+def group_file_names() -> list[str]:
+    """Names of the group files in configs/groups/."""
+    return sorted(path.stem for path in GROUP_DIRECTORY.glob("*.yaml"))
+
+
+def read_groups(file: str | Path, class_names: Sequence[str] | None, num_classes: int) -> Groups:
+    """Read a group file: `source`, where the grouping comes from, and `groups`, {name: [class, ...]}.
+
+    Parameters
+    ----------
+    file : name of a file in configs/groups/ (without .yaml), or a path to a YAML file
+    class_names : of the classes 0, 1, ...; None if the file gives classes by number only
+    num_classes : C
+
+    The order of a group's classes is that of the head's columns.
+
+    Raises
+    ------
+    InputError : no such file, not of this form, an unknown class, a class in no group or in two
+    """
+    path = Path(file).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        path = GROUP_DIRECTORY / f"{file}.yaml"
+        if not path.exists():
+            raise InputError(
+                f"No group file {str(file)!r} in configs/groups/; {nearest(str(file), group_file_names())}"
+            )
+    else:
+        path = resolve_path(path)
+        if not path.exists():
+            raise InputError(
+                f"No group file {path}; give a path to a YAML file or a name: {', '.join(group_file_names())}."
+            )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    listed = content.get("groups") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(classes, list) for classes in listed.values()):
+        raise InputError(
+            f"{path} holds no groups; expected a mapping `groups` of names to lists of classes, beside `source`."
+        )
+    numbers = {name: number for number, name in enumerate(class_names or ())}
+    members = tuple(
+        tuple(_class_number(entry, numbers, num_classes, path) for entry in classes)
+        for classes in listed.values()
+    )
+    missing = sorted(set(range(num_classes)).difference(*members))
+    if missing:
+        first = class_names[missing[0]] if class_names else missing[0]
+        raise InputError(
+            f"{path} leaves out {len(missing)} of the {num_classes} classes, the first is {first!r}; add them to groups."
+        )
+    try:
+        return Groups(tuple(str(name) for name in listed), members)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _class_number(entry: str | int, numbers: dict[str, int], num_classes: int, path: Path) -> int:
+    if isinstance(entry, int):
+        if 0 <= entry < num_classes:
+            return entry
+        raise InputError(f"{path} has the class number {entry}, expected 0 to {num_classes - 1}; correct it.")
+    if str(entry) not in numbers:
+        hint = (
+            nearest(str(entry), numbers) if numbers else "the ID set has no class names, so give its number."
+        )
+        raise InputError(f"{path} names the class {entry!r}; {hint}")
+    return numbers[str(entry)]
+
+
+def kmeans_groups(means: Tensor, number: int, seed: int) -> Groups:
+    """Classes whose mean training features are near each other, by k-means (the best of ten starts).
+
+    means [C, D]; the clusters are numbered by their smallest class. Section 4 of the paper, as an alternative.
+
+    Raises
+    ------
+    InputError : more clusters than different class means
+    """
+    from sklearn.cluster import KMeans  # late: importing scikit-learn takes a second
+
+    _check_number(number, len(means))
+    points = means.detach().cpu().double().numpy()
+    distinct = len(np.unique(points, axis=0))
+    if number > distinct:
+        raise InputError(
+            f"{number} clusters were asked of {distinct} different class means, so that some would be empty; lower it."
+        )
+    clusters = KMeans(number, n_init=10, random_state=seed).fit_predict(points)
+    members = sorted(np.flatnonzero(clusters == cluster).tolist() for cluster in range(number))
+    return _numbered("cluster", members)
+
+
+def random_groups(num_classes: int, number: int, seed: int) -> Groups:
+    """Classes drawn at random into groups whose sizes differ by one at most.
+
+    Raises
+    ------
+    InputError : more groups than classes
+    """
+    _check_number(number, num_classes)
+    shuffled = np.random.default_rng(seed).permutation(num_classes)
+    return _numbered("random", [sorted(part.tolist()) for part in np.array_split(shuffled, number)])
+
+
+def _check_number(number: int, num_classes: int) -> None:
+    if number > num_classes:
+        raise InputError(
+            f"{number} groups were asked of {num_classes} classes, expected a class in each; lower number."
+        )
+
+
+def _numbered(prefix: str, members: list[list[int]]) -> Groups:
+    return Groups(
+        tuple(f"{prefix} {place}" for place in range(1, len(members) + 1)), tuple(map(tuple, members))
+    )
