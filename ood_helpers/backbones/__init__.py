@@ -1,6 +1,7 @@
 """Image classifiers that show their penultimate layer, and the reading of their published weights."""
 
 from ood_helpers.backbones.base import Classifier
+from ood_helpers.backbones.bit import BiT
 from ood_helpers.backbones.checkpoints import load_checkpoint, weights_fingerprint
 from ood_helpers.backbones.densenet import DenseNet
 from ood_helpers.backbones.imagenet import MobileNetV2, ResNet50, load_torchvision_weights
@@ -9,6 +10,7 @@ from ood_helpers.backbones.wide_resnet import WideResNet
 from ood_helpers.config import BackboneConfig
 
 __all__ = [
+    "BiT",
     "CifarResNet18",
     "Classifier",
     "DenseNet",
@@ -43,6 +45,8 @@ def build(config: BackboneConfig, num_classes: int) -> Classifier:
             network = ResNet50(num_classes)
         case "mobilenet_v2":
             network = MobileNetV2(num_classes)
+        case "bit":
+            network = BiT(num_classes, config.depth, config.width)
     if getattr(config, "weights", None) is not None:
         load_torchvision_weights(network, config.architecture, config.weights)
     return network

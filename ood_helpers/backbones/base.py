@@ -4,6 +4,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ood_helpers.errors import InputError
+
 
 class Classifier(nn.Module):
     """An image classifier that shows its penultimate layer: forward(x) = head(pool(feature_map(x))).
@@ -13,8 +15,8 @@ class Classifier(nn.Module):
     """
 
     head: nn.Linear
-    # Start of a parameter name in public checkpoints -> its start here, where the two differ.
-    checkpoint_names: ClassVar[dict[str, str]] = {}
+    # The modules of each block, from the input to the output: together all of the network but the head.
+    blocks: ClassVar[tuple[tuple[str, ...], ...]]
 
     def feature_map(self, images: Tensor) -> Tensor:
         """The last feature map before global pooling, [N, D, h, w]."""
@@ -31,6 +33,26 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """The logits [N, C]."""
         return self.head(self.features(images))
+
+    def own_name(self, name: str) -> str:
+        """The name here of a parameter that public checkpoints call `name`."""
+        return name
+
+    def last_parameters(self, depth: int) -> list[nn.Parameter]:
+        """The parameters of the last `depth` blocks; 0 = none, -1 = all. Those of the head are not among them.
+
+        Raises
+        ------
+        InputError : the network has fewer blocks
+        """
+        if not -1 <= depth <= len(self.blocks):
+            raise InputError(
+                f"Found depth {depth}, expected 0 to {len(self.blocks)}, the number of blocks of "
+                f"{type(self).__name__}, or -1 for all of it."
+            )
+        opened = self.blocks if depth == -1 else self.blocks[len(self.blocks) - depth :]
+        names = [name for block in opened for name in block]
+        return [parameter for name in names for parameter in self.get_submodule(name).parameters()]
 
     @property
     def feature_dim(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ def load_checkpoint(network: Classifier, path: str | Path) -> None:
 
     The state dict is the file's content or lies in it under `state_dict`, `model` or `net`. The prefixes
     `module.` and `encoder.` are dropped, and a head named fc, classifier, classifier.1, linear or
-    output_layer is `head` here. Nothing but tensors is unpickled. A file that ends in .safetensors is read
-    as such. `num_batches_tracked`, which old files lack, may be absent.
+    output_layer is `head` here; a head that is a 1 x 1 convolution becomes a linear layer. Nothing but tensors is
+    unpickled. Files that end in .safetensors and .npz are read as such, the kernels [h, w, in, out] of the latter, which
+    TensorFlow writes, becoming [out, in, h, w]. `num_batches_tracked`, which old files lack, may be absent.
 
     Raises
     ------
@@ -70,22 +72,36 @@ def weights_fingerprint(network: nn.Module) -> str:
 def _read(path: Path) -> Any:
     """The content of a checkpoint file."""
     if not path.exists():
-        raise MissingDataError(f"No checkpoint {path}; put the file there or correct backbone.checkpoint.")
+        raise MissingDataError(
+            f"No checkpoint {path}; put the file there or correct `checkpoint` in the config."
+        )
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        if path.suffix == ".npz":
+            return _read_npz(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an unreadable file shows up as nearly any type
-        refused = re.search(r"GLOBAL (\S+)", str(error))
+        refused = re.search(r"GLOBAL (\S+)|Object (array)s", str(error))
         if refused:
             raise InputError(
-                f"The checkpoint {path} holds a Python object ({refused[1]}), which is not loaded because it could "
+                f"The checkpoint {path} holds a Python object ({refused[1] or refused[2]}), which is not loaded because it could "
                 "run code; save its state_dict alone with torch.save(network.state_dict(), path)."
             ) from None
         raise InputError(
             f"{path} is not a readable checkpoint ({type(error).__name__}), expected a state_dict written by "
             "torch.save; it may be cut short: compare its size with the source and fetch it again."
         ) from None
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays of an .npz file, with kernels as torch has them."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return {
+        name: torch.from_numpy(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
+        for name, array in arrays.items()
+    }
 
 
 def _find_state_dict(checkpoint: Any, path: Path) -> Mapping[str, Tensor]:
@@ -113,9 +129,9 @@ def _rename(state: Mapping[str, Tensor], network: Classifier) -> dict[str, Tenso
         module, _, parameter = new.rpartition(".")
         if module in HEAD_NAMES:
             new = f"head.{parameter}"
-        for theirs, ours in network.checkpoint_names.items():
-            if new.startswith(theirs):
-                new = ours + new.removeprefix(theirs)
+        new = network.own_name(new)
+        if new == "head.weight" and tensor.ndim == 4:
+            tensor = tensor.flatten(1)
         # Of two tensors with one name the second keeps its own, and is then reported as unexpected.
         renamed[name if new in renamed else new] = tensor
     return renamed

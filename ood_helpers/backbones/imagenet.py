@@ -1,5 +1,6 @@
 """torchvision's ResNet-50 and MobileNetV2 as classifiers, with torchvision's weights or a local file."""
 
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +14,13 @@ from ood_helpers.errors import InputError, MissingDataError, nearest
 
 class ResNet50(Classifier):
     """ResNet-50 (He et al., CVPR 2016), D = 2048."""
+
+    blocks: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("conv1", "bn1", "layer1"),
+        ("layer2",),
+        ("layer3",),
+        ("layer4",),
+    )
 
     def __init__(self, num_classes: int = 1000):
         super().__init__()
@@ -37,8 +45,11 @@ class ResNet50(Classifier):
 class MobileNetV2(Classifier):
     """MobileNetV2 (Sandler et al., CVPR 2018), D = 1280, without torchvision's dropout before the head."""
 
-    # Here `features` is the method that every classifier has.
-    checkpoint_names: ClassVar[dict[str, str]] = {"features.": "layers."}
+    # A block begins where the resolution is halved; the last one has the convolution to D channels, too.
+    blocks: ClassVar[tuple[tuple[str, ...], ...]] = tuple(
+        tuple(f"layers.{layer}" for layer in range(first, last + 1))
+        for first, last in ((0, 1), (2, 3), (4, 6), (7, 13), (14, 18))
+    )
 
     def __init__(self, num_classes: int = 1000):
         super().__init__()
@@ -50,6 +61,10 @@ class MobileNetV2(Classifier):
 
     def feature_map(self, images: Tensor) -> Tensor:
         return self.layers(images)
+
+    def own_name(self, name: str) -> str:
+        # Here `features` is the method that every classifier has.
+        return re.sub(r"^features\.", "layers.", name)
 
 
 def load_torchvision_weights(network: Classifier, architecture: str, weights: str) -> None:

@@ -76,6 +76,20 @@ def test_safetensors(network, source, tmp_path):
     assert weights_fingerprint(network) == weights_fingerprint(source)
 
 
+def test_head_that_is_a_1_x_1_convolution(network, source, tmp_path):
+    state = source.state_dict()
+    state["head.weight"] = state["head.weight"][:, :, None, None]
+    torch.save(state, tmp_path / "file.pth")
+    load_checkpoint(network, tmp_path / "file.pth")
+    assert weights_fingerprint(network) == weights_fingerprint(source)
+    state["head.weight"] = state["head.weight"].expand(-1, -1, 3, 3).contiguous()
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(
+        InputError, match=rf"1 of another shape: head\.weight \[4, {9 * network.feature_dim}\]"
+    ):
+        load_checkpoint(network, tmp_path / "file.pth")
+
+
 def test_num_batches_tracked_may_be_absent(network, source, tmp_path):
     state = {name: value for name, value in source.state_dict().items() if "num_batches_tracked" not in name}
     torch.save(state, tmp_path / "old.pth")

@@ -24,6 +24,7 @@ SMALL = [
     ({"architecture": "resnet18_cifar"}, 32),
     ({"architecture": "resnet50"}, 64),
     ({"architecture": "mobilenet_v2"}, 64),
+    ({"architecture": "bit", "depth": 50}, 64),
 ]
 
 
@@ -52,6 +53,7 @@ def test_forward_is_head_of_pooled_feature_map(config, side):
         ({"architecture": "resnet18_cifar"}, 10, 512, 11_173_962),
         ({"architecture": "resnet50"}, 1000, 2048, 25_557_032),
         ({"architecture": "mobilenet_v2"}, 1000, 1280, 3_504_872),
+        ({"architecture": "bit"}, 1000, 2048, 44_541_480),
     ],
     ids=lambda value: str(value),
 )
@@ -59,6 +61,49 @@ def test_feature_dim_and_number_of_parameters(config, num_classes, feature_dim, 
     network = network_of(num_classes, **config)
     assert network.feature_dim == feature_dim
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize("config", [config for config, _ in SMALL], ids=str)
+def test_blocks_have_every_parameter_but_the_heads_once(config):
+    network = network_of(**config)
+    modules = [network.get_submodule(name) for block in network.blocks for name in block]
+    found = [id(parameter) for module in modules for parameter in module.parameters()]
+    head = {id(parameter) for parameter in network.head.parameters()}
+    expected = [id(parameter) for parameter in network.parameters() if id(parameter) not in head]
+    assert sorted(found) == sorted(expected)
+    assert [id(parameter) for parameter in network.last_parameters(-1)] == found
+    assert network.last_parameters(0) == []
+
+
+@pytest.mark.parametrize("config", [config for config, _ in SMALL[:-1]], ids=str)
+def test_a_block_is_trained_with_those_after_it(config):
+    """For BiT, which leaves the first norm of the first one closed, see test_bit."""
+    network = network_of(**config)
+    expected = []
+    for depth, block in enumerate(reversed(network.blocks), start=1):
+        expected = [p for name in block for p in network.get_submodule(name).parameters()] + expected
+        assert list(map(id, network.last_parameters(depth))) == list(map(id, expected))
+    for depth in (len(network.blocks) + 1, -2):
+        with pytest.raises(
+            InputError, match=rf"depth {depth}, expected 0 to {len(network.blocks)}, the number"
+        ):
+            network.last_parameters(depth)
+
+
+@pytest.mark.parametrize(
+    ("config", "opened"),
+    [
+        (SMALL[0][0], {"trans2", "block3", "bn1"}),
+        (SMALL[1][0], {"block3", "bn1"}),
+        (SMALL[2][0], {"layer4"}),
+        (SMALL[3][0], {"layer4"}),
+    ],
+    ids=lambda value: str(value),
+)
+def test_the_last_block(config, opened):
+    network = network_of(**config)
+    last = {id(parameter) for parameter in network.last_parameters(1)}
+    assert {name.split(".")[0] for name, p in network.named_parameters() if id(p) in last} == opened
 
 
 @pytest.mark.parametrize("depth", [10, 16, 22, 40])
