@@ -1,4 +1,4 @@
-"""Training: the shared loop and the plain classifier."""
+"""Training: the shared loop, the plain classifier, and fine-tuning with a flat or a group softmax."""
 
 from ood_helpers.training.classifier import (
     augment,
@@ -8,21 +8,28 @@ from ood_helpers.training.classifier import (
     evaluate,
     load_images,
     percent_correct,
+    softmax_losses,
     steps_per_epoch,
     train_classifier,
 )
+from ood_helpers.training.fine_tuning import approximation, fine_tune, train_head, zero_head
 from ood_helpers.training.loop import TRAINING_VERSION, train
 
 __all__ = [
     "TRAINING_VERSION",
+    "approximation",
     "augment",
     "augmented_batches",
     "check_labels",
     "cross_entropy",
     "evaluate",
+    "fine_tune",
     "load_images",
     "percent_correct",
+    "softmax_losses",
     "steps_per_epoch",
     "train",
     "train_classifier",
+    "train_head",
+    "zero_head",
 ]

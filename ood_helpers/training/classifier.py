@@ -1,7 +1,7 @@
 """Training a classifier from scratch with cross-entropy, and the batches that every training method uses."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ood_helpers.backbones import Classifier
 from ood_helpers.config import TrainingConfig
 from ood_helpers.data import ImageSet, Transform
 from ood_helpers.errors import InputError
+from ood_helpers.groups import Groups
 from ood_helpers.training import loop
 
 
@@ -46,7 +47,7 @@ def train_classifier(
     for image_set in (train, *([] if validation is None else [validation])):
         check_labels(image_set, network.num_classes)
 
-    def epoch_batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch_batches(_epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         return augmented_batches(train, transform, config, generator, device)
 
     def validate(network: nn.Module) -> dict[str, float]:
@@ -82,20 +83,51 @@ def percent_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def evaluate(
-    network: nn.Module, image_set: ImageSet, transform: Transform, batch_size: int, device: str | torch.device
+    network: nn.Module,
+    image_set: ImageSet,
+    transform: Transform,
+    batch_size: int,
+    device: str | torch.device,
+    groups: Groups | None = None,
 ) -> dict[str, float]:
-    """Mean cross-entropy and accuracy (percent) on a labelled image set; the network in eval mode."""
-    total, correct = 0.0, 0
+    """Mean loss and accuracy (percent) on a labelled image set, with `groups` those of the group softmax; the network
+    in eval mode."""
     network.eval()
+    batches = (
+        to_network(load_images(image_set, transform, rows), image_set, rows, transform, device)
+        for rows in torch.arange(len(image_set)).split(batch_size)
+    )
     with torch.inference_mode():
-        for rows in torch.arange(len(image_set)).split(batch_size):
-            images, labels = _to_network(
-                load_images(image_set, transform, rows), image_set, rows, transform, device
-            )
-            logits = network(images)
-            total += float(F.cross_entropy(logits, labels, reduction="sum"))
-            correct += int((logits.argmax(dim=1) == labels).sum())
-    return {"loss": total / len(image_set), "accuracy": 100 * correct / len(image_set)}
+        return evaluate_logits(((network(images), labels) for images, labels in batches), groups)
+
+
+def evaluate_logits(
+    logits_and_labels: Iterable[tuple[Tensor, Tensor]], groups: Groups | None = None
+) -> dict[str, float]:
+    """Mean loss and accuracy (percent) of batches of logits [B, L] and labels [B]."""
+    total, correct, images = 0.0, 0, 0
+    for logits, labels in logits_and_labels:
+        total += float(softmax_losses(logits, labels, groups).sum())
+        correct += int((classify(logits, groups) == labels).sum())
+        images += len(labels)
+    return {"loss": total / images, "accuracy": 100 * correct / images}
+
+
+def softmax_losses(logits: Tensor, labels: Tensor, groups: Groups | None = None) -> Tensor:
+    """Cross-entropy of each sample, of logits [B, L] and labels [B] -> [B].
+
+    With groups the sum over groups k of -log softmax(z_k)_{y_k}, where y_k is the class in its own group and "others" in
+    all others. Unweighted (MOS, arXiv 2105.01879, section 3).
+    """
+    if groups is None:
+        return F.cross_entropy(logits, labels, reduction="none")
+    columns = groups.others.to(labels.device) + groups.targets(labels)
+    return -groups.log_softmax(logits).gather(1, columns).sum(dim=1)
+
+
+def classify(logits: Tensor, groups: Groups | None = None) -> Tensor:
+    """Predicted classes [B] of logits [B, L]: the largest logit, or the rule of the group softmax."""
+    return logits.argmax(dim=1) if groups is None else groups.classify(logits)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -127,7 +159,7 @@ def augmented_batches(
     order = torch.randperm(len(image_set), generator=generator)
     for rows in order.split(config.batch_size)[: steps_per_epoch(len(image_set), config.batch_size)]:
         images = augment(load_images(image_set, transform, rows), config.crop_padding, config.flip, generator)
-        yield _to_network(images, image_set, rows, transform, device)
+        yield to_network(images, image_set, rows, transform, device)
 
 
 def load_images(image_set: ImageSet, transform: Transform, rows: Tensor) -> Tensor:
@@ -148,17 +180,27 @@ def load_images(image_set: ImageSet, transform: Transform, rows: Tensor) -> Tens
     return torch.from_numpy(np.stack(images))
 
 
-def augment(images: Tensor, crop_padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """A random crop of each zero-padded image to its size, and a horizontal flip of every second on average.
+def augment(
+    images: Tensor,
+    crop_padding: int,
+    flip: bool,
+    generator: torch.Generator,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """A random crop of each zero-padded image to its own or another size, and a horizontal flip of every second on
+    average.
 
-    images uint8 [B, h, w, 3]; padding in pixels on each side, 0 for none. All images in one gather.
+    images uint8 [B, h, w, 3]; padding in pixels on each side, 0 for none; size [height, width] of the crop, at most that
+    of the padded images. All images in one gather.
     """
-    count, height, width, _ = images.shape
-    top, left = torch.randint(0, 2 * crop_padding + 1, (2, count), generator=generator)
+    count = len(images)
+    height, width = images.shape[1:3] if size is None else size
+    spare = [images.shape[axis] + 2 * crop_padding - side for axis, side in ((1, height), (2, width))]
+    top, left = (torch.randint(0, most + 1, (count,), generator=generator) for most in spare)
     mirrored = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
     if crop_padding:
         images = F.pad(images, (0, 0, crop_padding, crop_padding, crop_padding, crop_padding))
-    elif not flip:
+    elif not flip and not any(spare):
         return images
     columns = torch.arange(width).expand(count, width)
     columns = torch.where(mirrored[:, None], width - 1 - columns, columns) + left[:, None]
@@ -179,7 +221,7 @@ def check_labels(image_set: ImageSet, num_classes: int) -> None:
         )
 
 
-def _to_network(
+def to_network(
     images: Tensor, image_set: ImageSet, rows: Tensor, transform: Transform, device: str | torch.device
 ) -> tuple[Tensor, Tensor]:
     """uint8 [B, h, w, 3] -> normalised float [B, 3, h, w] in channels_last, and the labels, on `device`."""

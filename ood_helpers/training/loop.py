@@ -1,6 +1,7 @@
 """The training loop that every training method shares: SGD, a schedule a step, resumable bit for bit."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ood_helpers.config import TrainingConfig
+from ood_helpers.config import FineTuningConfig, TrainingConfig
 from ood_helpers.errors import InputError
 from ood_helpers.files import atomic_path, write_text
 from ood_helpers.progress import track
 
 Batch = tuple[Tensor, ...]
-EpochBatches = Callable[[torch.Generator], Iterable[Batch]]
+EpochBatches = Callable[[int, torch.Generator], Iterable[Batch]]
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Mapping[str, Tensor | float]]]
 Validation = Callable[[nn.Module], Mapping[str, float]]
+LearningRate = Callable[[int], float]
 
 TRAINING_VERSION = 1  # raise it when the same settings and images give other weights
 STEPS_BETWEEN_CHECKS = 50  # looking at the loss waits for the GPU
@@ -30,16 +32,21 @@ def train(
     network: nn.Module,
     epoch_batches: EpochBatches,
     loss_function: LossFunction,
-    config: TrainingConfig,
+    config: TrainingConfig | FineTuningConfig,
     *,
     steps_per_epoch: int,
     seed: int,
     device: str | torch.device,
     directory: Path,
+    steps: int | None = None,
+    learning_rate: LearningRate | None = None,
+    micro_batch_size: int | None = None,
+    train_mode: Callable[[nn.Module], Any] = nn.Module.train,
     validate: Validation | None = None,
     nesterov: bool = True,
     settings: Mapping[str, Any] | None = None,
     description: str = "Training",
+    unit: str = "epoch",
 ) -> pd.DataFrame:
     """Train `network` with SGD and leave it on `device`, in eval mode, with the final weights.
 
@@ -52,20 +59,26 @@ def train(
     Parameters
     ----------
     network : start weights; parameters with requires_grad are trained, weight decay is on all of them
-    epoch_batches : called once an epoch with a seeded CPU generator that all its random choices come from;
-        gives `steps_per_epoch` tuples of tensors on `device`, the first of which has one row a sample
-    loss_function : (network, batch) -> scalar loss, values to log; logged is their mean over the samples.
-        Random numbers of torch in it (and of dropout) are seeded too.
+    epoch_batches : called once an epoch with its number (from 1) and a seeded CPU generator that all its random
+        choices come from; gives `steps_per_epoch` tuples of tensors on `device`, each with one row a sample
+    loss_function : (network, batch) -> scalar loss, a mean over the samples, and values to log; logged is their mean
+        over all samples. Random numbers of torch in it (and of dropout) are seeded too.
     config : epochs, learning rate, momentum, weight decay and schedule, which moves with every step:
         `cosine` from learning_rate to 0, or `one_cycle` up from learning_rate / 25 and down to nearly 0
+    steps : where the training ends, in the middle of an epoch if need be; None = after config.epochs
+    learning_rate : step (from 0) -> learning rate, in place of the config's schedule
+    micro_batch_size : samples in a forward and backward pass; the gradients of a batch are summed before its one
+        step. None = whole batches
+    unit : what the progress bar calls an epoch
+    train_mode : puts the network into the mode it is trained in; nn.Module.eval keeps the statistics of batch norm
     validate : called after each epoch with the network in eval mode and without gradients; gives values to log
     nesterov : Nesterov momentum; without effect at momentum 0
     settings : what else (JSON values) the result depends on; a directory with other settings is refused
 
     Returns
     -------
-    One row an epoch: epoch (from 1), learning_rate (of its last step), train_loss and train_<value>,
-    validation_<value>.
+    One row an epoch: epoch (from 1), step (number of steps so far), learning_rate (of its last step), train_loss and
+    train_<value>, validation_<value>.
 
     Raises
     ------
@@ -104,22 +117,33 @@ def train(
         weight_decay=config.weight_decay,
         nesterov=nesterov and config.momentum > 0,
     )
-    scheduler = _schedule(optimizer, config, config.epochs * steps_per_epoch)
+    steps = config.epochs * steps_per_epoch if steps is None else steps
+    epochs = math.ceil(steps / steps_per_epoch)
+    scheduler = _schedule(optimizer, config, steps, learning_rate)
     parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
     history: list[dict[str, float]] = _restore(parts, state_path, signature) if state_path.exists() else []
 
     with (
-        track(description=description, total=config.epochs, unit="epoch") as bar,
+        track(description=description, total=epochs, unit=unit) as bar,
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
     ):
         bar.initial = bar.n = len(history)
-        for epoch in range(len(history) + 1, config.epochs + 1):
+        for epoch in range(len(history) + 1, epochs + 1):
             epoch_seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
             torch.manual_seed(epoch_seed)
-            batches = epoch_batches(torch.Generator().manual_seed(epoch_seed))
+            batches = epoch_batches(epoch, torch.Generator().manual_seed(epoch_seed))
+            step = min(epoch * steps_per_epoch, steps)
+            train_mode(network)
             trained = _train_epoch(
-                network, batches, loss_function, optimizer, scheduler, steps=steps_per_epoch, epoch=epoch
+                network,
+                batches,
+                loss_function,
+                optimizer,
+                scheduler,
+                steps=step - (epoch - 1) * steps_per_epoch,
+                micro_batch_size=micro_batch_size,
+                epoch=epoch,
             )
             network.eval()
             with torch.no_grad():
@@ -127,6 +151,7 @@ def train(
             history.append(
                 {
                     "epoch": epoch,
+                    "step": step,
                     **trained,
                     **{f"validation_{name}": float(value) for name, value in validated.items()},
                 }
@@ -152,8 +177,15 @@ def train(
 
 
 def _schedule(
-    optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int
+    optimizer: torch.optim.Optimizer,
+    config: TrainingConfig | FineTuningConfig,
+    steps: int,
+    learning_rate: LearningRate | None,
 ) -> torch.optim.lr_scheduler.LRScheduler:
+    if learning_rate is not None:
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate(step) / config.learning_rate
+        )
     if config.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     # The momentum stays what the config says.
@@ -170,22 +202,23 @@ def _train_epoch(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     *,
     steps: int,
+    micro_batch_size: int | None,
     epoch: int,
 ) -> dict[str, float]:
     """One epoch: the learning rate of its last step, and the means of the loss and the logged values."""
-    network.train()
     logged: dict[str, list[float | Tensor]] = {}
     samples = []
     for step, batch in zip(range(1, steps + 1), batches, strict=True):
-        loss, values = loss_function(network, batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part in _parts(batch, micro_batch_size):
+            loss, values = loss_function(network, part)
+            (loss * (len(part[0]) / len(batch[0]))).backward()
+            for name, value in {"loss": loss, **values}.items():
+                logged.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+            samples.append(len(part[0]))
         learning_rate = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-        for name, value in {"loss": loss, **values}.items():
-            logged.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
-        samples.append(len(batch[0]))
         if step % STEPS_BETWEEN_CHECKS == 0:
             _check_finite(float(loss.detach()), epoch)
     columns = {
@@ -195,6 +228,10 @@ def _train_epoch(
     means = {f"train_{name}": float(np.average(column, weights=samples)) for name, column in columns.items()}
     _check_finite(means["train_loss"], epoch)
     return {"learning_rate": learning_rate, **means}
+
+
+def _parts(batch: Batch, size: int | None) -> Iterable[Batch]:
+    return [batch] if size is None else zip(*(tensor.split(size) for tensor in batch), strict=True)
 
 
 def _check_finite(loss: float, epoch: int) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from pictures import TRANSFORM, Pictures
 from PIL import Image
 
 from ood_helpers.backbones import DenseNet, load_checkpoint, weights_fingerprint
@@ -17,27 +18,6 @@ from ood_helpers.training import (
     steps_per_epoch,
     train_classifier,
 )
-
-TRANSFORM = Transform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-
-
-class Pictures:
-    """What training uses of an ImageSet: three classes, told apart by the channel that is bright."""
-
-    name = "pictures"
-
-    def __init__(self, count: int, seed: int, decoded: bool = False):
-        rng = np.random.default_rng(seed)
-        self.labels = np.arange(count) % 3
-        self.pixels = rng.integers(0, 120, (count, 8, 8, 3), dtype=np.uint8)
-        self.pixels[np.arange(count), :, :, self.labels] += 100
-        self.array = None if decoded else self.pixels
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def image(self, i: int) -> Image.Image:
-        return Image.fromarray(self.pixels[i])
 
 
 def make_network() -> DenseNet:
@@ -58,7 +38,15 @@ def test_learns_and_reports(tmp_path):
     network, validation = make_network(), Pictures(30, 1)
     history = run(tmp_path, network, validation=validation, epochs=8)
     assert history.columns.tolist() == (
-        ["epoch", "learning_rate", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
+        [
+            "epoch",
+            "step",
+            "learning_rate",
+            "train_loss",
+            "train_accuracy",
+            "validation_loss",
+            "validation_accuracy",
+        ]
     )
     assert history["train_loss"].iloc[-1] < 0.5 * history["train_loss"].iloc[0]
     assert history["validation_accuracy"].iloc[-1] > 90

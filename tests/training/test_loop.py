@@ -1,5 +1,6 @@
 """The shared loop: resuming bit for bit, finished trainings, and what a broken directory says."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def make_network() -> nn.Module:
     )
 
 
-def batches(generator):
+def batches(epoch, generator):
     for _ in range(STEPS):
         images = torch.rand(8, 3, 8, 8, generator=generator)
         yield images, (images.mean(dim=(1, 2, 3)) * 30).long() % 3
@@ -48,8 +49,16 @@ def run(directory: Path, network=None, **changes) -> pd.DataFrame:
     arguments = {"steps_per_epoch": STEPS, "seed": 3, "device": "cpu", "directory": directory}
     epoch_batches = changes.pop("epoch_batches", batches)
     loss = changes.pop("loss", loss_function)
+    rate = changes.pop("learning_rate_at", None)
     network = make_network() if network is None else network
-    return train(network, epoch_batches, loss, TrainingConfig(**settings), **{**arguments, **changes})
+    return train(
+        network,
+        epoch_batches,
+        loss,
+        TrainingConfig(**settings),
+        learning_rate=rate,
+        **{**arguments, **changes},
+    )
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path):
@@ -79,8 +88,8 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path, monkeypatch, sc
         count("validation")
         return {"value": 1.5}
 
-    def killed_batches(generator):
-        for index, batch in enumerate(batches(generator)):
+    def killed_batches(epoch, generator):
+        for index, batch in enumerate(batches(epoch, generator)):
             if index == 1:
                 count("batches")
             yield batch
@@ -123,7 +132,8 @@ def test_finished_training_is_not_repeated(tmp_path):
 
 def test_history_and_learning_rates(tmp_path):
     cosine = run(tmp_path / "cosine", schedule="cosine", learning_rate=0.2)
-    assert cosine.columns.tolist() == ["epoch", "learning_rate", "train_loss", "train_accuracy"]
+    assert cosine.columns.tolist() == ["epoch", "step", "learning_rate", "train_loss", "train_accuracy"]
+    assert cosine["step"].tolist() == [STEPS * epoch for epoch in range(1, EPOCHS + 1)]
     steps = STEPS * EPOCHS
     expected = [0.1 * (1 + math.cos(math.pi * (STEPS * epoch - 1) / steps)) for epoch in range(1, EPOCHS + 1)]
     assert cosine["learning_rate"].tolist() == pytest.approx(expected)
@@ -131,10 +141,64 @@ def test_history_and_learning_rates(tmp_path):
     assert one_cycle.iloc[-1] < 1e-5 < 0.1 < one_cycle.max() <= 0.2
 
 
+def test_ends_in_the_middle_of_an_epoch_with_a_learning_rate_of_its_own(tmp_path):
+    rates = []
+
+    def some_batches(epoch, generator):
+        yield from itertools.islice(batches(epoch, generator), 3 if epoch < 3 else 1)
+
+    def rate(step):
+        rates.append(step)
+        return 0.01 * (step + 1)
+
+    frame = run(tmp_path, epoch_batches=some_batches, steps=7, learning_rate_at=rate, learning_rate=0.5)
+    assert frame["step"].tolist() == [3, 6, 7]
+    assert frame["learning_rate"].tolist() == pytest.approx([0.03, 0.06, 0.07])
+    assert sorted(set(rates)) == list(range(8))
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 20])
+def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path, size):
+    def loss(network, batch):
+        return F.cross_entropy(network(batch[0]), batch[1]), {"one": 1.0}
+
+    networks = [make_network().double(), make_network().double()]
+    start = networks[0].state_dict()["5.weight"].clone()
+
+    def double_batches(epoch, generator):
+        for images, labels in batches(epoch, generator):
+            yield images.double(), labels
+
+    frames = [
+        run(
+            tmp_path / str(part),
+            network,
+            loss=loss,
+            epoch_batches=double_batches,
+            micro_batch_size=part,
+            train_mode=nn.Module.eval,
+        )
+        for part, network in zip([None, size], networks)
+    ]
+    whole, parts = (network.state_dict() for network in networks)
+    assert not torch.equal(whole["5.weight"], start)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-9, atol=1e-12)
+    assert frames[1]["train_loss"].tolist() == pytest.approx(frames[0]["train_loss"].tolist())
+
+
+def test_eval_mode_keeps_the_statistics_of_batch_norm(tmp_path):
+    network = make_network()
+    run(tmp_path / "eval", network, train_mode=nn.Module.eval)
+    assert torch.equal(network.state_dict()["1.running_mean"], torch.zeros(4))
+    run(tmp_path / "train", network := make_network())
+    assert not torch.equal(network.state_dict()["1.running_mean"], torch.zeros(4))
+
+
 def test_logged_values_are_means_over_samples(tmp_path):
     sizes = [6, 2]
 
-    def two_batches(generator):
+    def two_batches(epoch, generator):
         for size in sizes:
             yield (torch.rand(size, 3, 8, 8, generator=generator), torch.zeros(size, dtype=torch.long))
 
