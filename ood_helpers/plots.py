@@ -28,6 +28,7 @@ from matplotlib.transforms import Bbox
 
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.files import atomic_path
+from ood_helpers.groups import Groups
 from ood_helpers.metrics import fpr_at_tpr
 from ood_helpers.results import METRICS, ordered_sets, tuned_label, wide_table
 
@@ -174,7 +175,7 @@ def learning_curve(history: pd.DataFrame, *, caption: str, title: str = "") -> F
     for axes, (quantity, label) in zip((loss_axes, accuracy_axes), panels.items()):
         for split, colour, dashes in (("train", ID_COLOUR, "-"), ("validation", COLOURS[0], "--")):
             column = f"{split}_{quantity}"
-            if column in history and history[column].notna().any():
+            if _known(history, column):
                 axes.plot(history.epoch, history[column], dashes, marker=marker, color=colour, label=split)
         axes.set_ylabel(label)
         axes.legend()
@@ -1020,7 +1021,7 @@ def sample_size(table: pd.DataFrame, *, caption: str, title: str = "") -> Figure
         for index, method in enumerate(methods):
             draws = table[table.method == method].groupby("images_per_class")[metric]
             means, x = draws.mean(), [places[size] for size in draws.groups]
-            colour = [ID_COLOUR, *COLOURS][index % (1 + len(COLOURS))]
+            colour = _line_colour(index)
             look = {"color": colour, "marker": _marker(index), "markersize": 4}
             look["linestyle"] = "-" if index <= len(COLOURS) else "--"
             axes.fill_between(x, draws.min(), draws.max(), color=colour, alpha=0.15, linewidth=0)
@@ -1134,6 +1135,243 @@ def rank_intervals(
     return figure
 
 
+@_figure
+def group_layout(
+    groups: Groups,
+    class_names: Sequence[str] | None = None,
+    *,
+    caption: str,
+    title: str = "",
+    example: int = 0,
+) -> Figure:
+    """The head of a group softmax: a row a group, which is one softmax over "others" and the classes of the group.
+
+    class_names: C names, or None for the numbers of the classes. Framed is what an image of class `example` should be:
+    that class in its own group, "others" in all other groups. Up to 12 classes in a group each has a cell; beyond, a
+    row is a bar as long as the group has classes. Classes stand in the order of the head's columns.
+    """
+    _check_class_names(class_names, groups.num_classes)
+    names = [
+        _class_title(name) for name in (range(groups.num_classes) if class_names is None else class_names)
+    ]
+    group_names = [textwrap.fill(name, 24) for name in groups.names]
+    largest = max(groups.sizes)
+    by_name = largest <= 12
+    others = 1 if by_name else 0.1 * largest  # wide enough for its name
+    inches = (WIDTH - 0.9 - 0.07 * _longest_line(group_names)) / (others + largest)
+    upright = by_name and 0.06 * _longest_line(" ".join(names).split()) > inches
+    cells = [_short(name, 14 if upright else int(inches / 0.068), 2) for name in names]
+    two_lines = by_name and any("\n" in text for text in cells)
+    row_height = 0.15 + 0.07 * _longest_line(cells) if upright else 0.26 + 0.13 * two_lines
+    figure = _new_figure(row_height * groups.num_groups + 0.9, caption, title)
+    axes = figure.subplots()
+    hatched = {"facecolor": "0.94", "edgecolor": "0.7", "hatch": "////", "linewidth": 0.5}
+    blue = {"facecolor": _pale(ID_COLOUR), "edgecolor": "white"}
+    frame = {
+        "facecolor": "none",
+        "edgecolor": PUBLISHED_COLOUR,
+        "linewidth": 2,
+        "clip_on": False,
+        "zorder": 3,
+    }
+    text = {"ha": "center", "va": "center", "fontsize": 8}
+    for row, members in enumerate(groups.members):
+        axes.add_patch(Rectangle((0, row - 0.4), others, 0.8, **hatched))
+        plain = {"facecolor": "0.94", "edgecolor": "none", "pad": 1}  # no hatch behind the word
+        axes.text(others / 2, row, "others", **text, bbox=plain)
+        if by_name:
+            for place, label in enumerate(members, start=1):
+                axes.add_patch(Rectangle((place, row - 0.4), 1, 0.8, **blue))
+                axes.text(place + 0.5, row, cells[label], **text, rotation=90 if upright else 0)
+        else:
+            axes.add_patch(Rectangle((others, row - 0.4), len(members), 0.8, **blue))
+            inside = len(members) > largest / 2
+            room = inches * (len(members) if inside else largest - len(members))
+            known = [] if class_names is None else [names[label] for label in members]
+            start = (others if inside else others + len(members), row)
+            place = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(_class_list(len(members), known, room), start, (4, 0), **place)
+        left, width = (others + members.index(example), 1) if example in members else (0, others)
+        axes.add_patch(Rectangle((left, row - 0.4), width, 0.8, **frame))
+        _margin_text(axes, row, f"{len(members)} + 1")
+    _margin_text(axes, -0.5 - 0.1 / row_height, "columns")
+    axes.set(xlim=(0, others + largest), ylim=(groups.num_groups - 0.5, -0.5), xticks=[])
+    axes.set_yticks(range(groups.num_groups), group_names)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    total = f"{groups.num_classes:,} classes + {groups.num_groups} × others = {groups.num_logits:,} columns"
+    axes.set_xlabel(f"a row is one softmax, its probabilities sum to 1; {total}")
+    handles = [
+        Patch(**hatched, label="others: a class of another group"),
+        Patch(**blue, label="classes of the group"),
+        Patch(**frame, label=f"targets of an image of class {names[example]}"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+@_figure
+def others_probability(table: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """Mean probability of "others" in each group, for the ID images of each group and for the OOD sets.
+
+    table: a row a set and group; columns set, kind ("ID" or "OOD"), group, mean in [0, 1] and, to draw the
+    inter-quartile range, q25 and q75. The ID sets stand on top. The lowest group of a set is drawn in full colour: an
+    ID image is "others" in all groups but one, an OOD image in all of them (MOS, arXiv 2105.01879, section 3).
+    """
+    _require(table, ["set", "kind", "group", "mean"], 'table of "others" probabilities')
+    ordered = table.sort_values("kind", key=lambda kind: kind != "ID", kind="stable")
+    sets, groups = list(ordered["set"].unique()), list(table.group.unique())
+    lowest = table.groupby("set")["mean"].min()
+    inches = (WIDTH - 0.2 - 0.065 * _longest_line(sets)) / len(groups)
+    upright = 0.061 * _longest_line(" ".join(groups).split()) > inches
+    headings = [
+        _short(group, 26) if upright else textwrap.fill(group, int(inches / 0.061)) for group in groups
+    ]
+    height = 0.061 * _longest_line(headings) if upright else 0.13 * max(text.count("\n") for text in headings)
+    figure = _new_figure(0.2 * len(sets) + height + 1.35, caption, title)
+    figure.get_layout_engine().set(w_pad=0.05 if inches > 0.4 else 0.02)
+    for axes, group, heading in zip(
+        figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups, headings
+    ):
+        _method_rows(axes, sets, "")
+        for line in ordered[ordered.group == group].to_dict("records"):
+            row, mean = sets.index(line["set"]), line["mean"]
+            colour = ID_COLOUR if line["kind"] == "ID" else COLOURS[0]
+            full = mean == lowest[line["set"]]
+            axes.barh(row, mean, height=0.62, color=colour if full else _pale(colour))
+            if "q25" in line:
+                axes.plot([line["q25"], line["q75"]], [row, row], color="black", linewidth=1, clip_on=False)
+        axes.axhline((ordered.drop_duplicates("set").kind == "ID").sum() - 0.5, color="0.4", linewidth=1)
+        axes.set_title(heading, rotation=90 * upright, fontsize=8)
+        axes.set(xlim=(0, 1))
+        axes.set_xticks([0, 1], ["0", "1"] if inches > 0.4 else [])
+        for label, side in zip(axes.get_xticklabels(), ("left", "right")):
+            label.set_horizontalalignment(side)  # apart from the number of the next panel
+    handles = [
+        Patch(facecolor=ID_COLOUR, label="in-distribution, expected low in one group"),
+        Patch(facecolor=COLOURS[0], label="OOD, expected high in all"),
+    ]
+    if "q25" in table:
+        handles.append(Line2D([], [], color="black", linewidth=1, label="inter-quartile range"))
+    explanation = (
+        'mean probability of "others" in each group, from 0 to 1; full colour: the lowest group of the set'
+    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, title=explanation)
+    return figure
+
+
+@_figure
+def fine_tuning_curves(histories: Mapping[str, pd.DataFrame], *, caption: str, title: str = "") -> Figure:
+    """Loss of each head against the step, a panel a head, and the validation accuracy of all of them in the last panel.
+
+    histories: head -> columns step, learning_rate, train_loss and, where there was a validation set, validation_loss,
+    validation_accuracy (percent). The loss of a group softmax is a sum over its groups. A drop of the learning rate
+    (to less than half) is marked in the middle between the rows before and after it.
+    """
+    for name, history in histories.items():
+        _require(history, ["step", "learning_rate", "train_loss"], f"training history of {name}")
+    validated = [name for name, history in histories.items() if _known(history, "validation_accuracy")]
+    figure, all_axes = _panels(len(histories) + bool(validated), caption, title, panel_height=1.75)
+    for index, (axes, (name, history)) in enumerate(zip(all_axes, histories.items())):
+        axes.plot(history.step, history.train_loss, color=_line_colour(index))
+        if _known(history, "validation_loss"):
+            axes.plot(history.step, history.validation_loss, "--", color=_line_colour(index))
+        axes.set_ylim(0, 1.06 * max(line.get_ydata().max() for line in axes.lines))
+        for step in _rate_drops(history):
+            axes.axvline(step, color="0.5", linestyle=":", linewidth=1, zorder=1)
+        axes.set(title=name, ylabel="loss (cross-entropy)")
+    for name in validated:
+        colour, history = _line_colour(list(histories).index(name)), histories[name]
+        all_axes[-1].plot(history.step, history.validation_accuracy, color=colour)
+        all_axes[-1].set(title="all heads", ylabel="validation accuracy (%)")
+    for axes in all_axes:
+        axes.set_xlim(left=0)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+        axes.grid(True)
+    handles = [Line2D([], [], color=_line_colour(index), label=name) for index, name in enumerate(histories)]
+    handles.append(Line2D([], [], color="0.3", label="training loss"))
+    if any(_known(history, "validation_loss") for history in histories.values()):
+        handles.append(Line2D([], [], color="0.3", linestyle="--", label="validation loss"))
+    if any(map(_rate_drops, histories.values())):
+        look = {"color": "0.5", "linestyle": ":", "linewidth": 1}
+        handles.append(Line2D([], [], **look, label="learning rate drops"))
+    note = "the loss of a group softmax is a sum over its groups: compare shapes, not heights"
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, title=note)
+    return figure
+
+
+@_figure
+def number_of_groups(table: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """FPR95 and AUROC of MOS against the number of groups: the mean of each grouping strategy and its single draws.
+
+    table: columns strategy, groups (their number), draw, fpr95 and auroc (percent, means over the OOD sets). A
+    strategy with one number of groups, such as a taxonomy, is a single large marker.
+    """
+    _require(table, ["strategy", "groups", "draw", *METRICS], "table of numbers of groups")
+    figure = _new_figure(2.9, caption, title)
+    places = _value_places(table.groups, "groups", log=True)
+    several_draws = table.groupby(["strategy", "groups"]).size().max() > 1
+    for axes, metric in zip(figure.subplots(1, 2), METRICS):
+        for index, (strategy, rows) in enumerate(table.groupby("strategy", sort=False)):
+            look = {"color": _line_colour(index), "marker": _marker(index)}
+            means = rows.groupby("groups")[metric].mean()
+            axes.plot(rows.groups.map(places), rows[metric], **look, linestyle="", markersize=4, alpha=0.3)
+            look |= {"markersize": 5} if len(means) > 1 else {"markersize": 8, "linestyle": ""}
+            axes.plot([places[number] for number in means.index], means, **look, label=strategy)
+        axes.set_ylabel(_metric_label(metric).replace(", ", ",\n"))
+        axes.set_xlabel("groups (log scale)")
+        _value_ticks(axes.xaxis, places, inches=2.7)
+        axes.grid(True)
+    handles = figure.axes[0].get_legend_handles_labels()[0]
+    if several_draws:
+        handles.append(_dot("0.3", "o", "one draw", alpha=0.3, markersize=4))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+@_figure
+def fine_tuning_depth(table: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """FPR95 on each OOD set against how much of the network is fine-tuned, a panel a method, and the ID accuracy.
+
+    table: columns depth (a label, in order of first appearance), method, ood_set, group, fpr95 and id_accuracy, both in
+    percent.
+    """
+    _require(table, ["depth", "method", "ood_set", "group", "fpr95", "id_accuracy"], "table of depths")
+    depths, methods, sets = list(table.depth.unique()), list(table.method.unique()), ordered_sets(table)
+    upright = 0.075 * sum(map(len, depths)) > (WIDTH - 1) / (len(methods) + 1)
+    figure = _new_figure(3.0 + 0.06 * _longest_line(depths) * upright, caption, title)
+    *panels, accuracy_axes = figure.subplots(1, len(methods) + 1)
+    for axes, method in zip(panels, methods):
+        rows = table[table.method == method]
+        curves = rows.pivot_table(index="depth", columns="ood_set", values="fpr95").reindex(depths)
+        for index, (name, group) in enumerate(sets.items()):
+            if name in curves:
+                axes.plot(range(len(depths)), curves[name], **_set_marker(index, group), linewidth=1.1)
+        if len(sets) > 1:
+            mean = curves.mean(axis=1, skipna=False)
+            axes.plot(range(len(depths)), mean, color="black", marker="D", markersize=4, linewidth=2)
+        axes.set_title(method)
+        axes.sharey(panels[0])
+    panels[0].set_ylabel(_metric_label("fpr95").replace(", ", ",\n"))
+    accuracy = table.pivot_table(index="depth", columns="method", values="id_accuracy").reindex(depths)
+    for index, method in enumerate(methods):
+        look = {"color": "0.3", "linestyle": ["-", "--", ":"][index % 3], "marker": ".", "label": method}
+        accuracy_axes.plot(range(len(depths)), accuracy[method], **look)
+    accuracy_axes.set(title="ID accuracy", ylabel="ID accuracy (%),\nhigher is better")
+    accuracy_axes.legend()
+    for axes in (*panels, accuracy_axes):
+        axes.set_xticks(range(len(depths)), depths, rotation=90 * upright)
+        axes.set_xlabel("what is fine-tuned")
+        axes.margins(x=0.1)
+        axes.grid(True)
+    handles = _set_handles(sets)
+    if len(sets) > 1:
+        handles.append(_dot("black", "D", "mean of the sets"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
+
+
 # Building blocks
 
 
@@ -1202,6 +1440,11 @@ def _array(values: Any) -> np.ndarray:
 
 def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
+
+
+def _line_colour(index: int) -> str:
+    """The colour of a curve that is not of an OOD set."""
+    return [ID_COLOUR, *COLOURS][index % (1 + len(COLOURS))]
 
 
 def _marker(index: int) -> str:
@@ -1336,8 +1579,7 @@ def _rows_image(axes: Axes, values: np.ndarray, **colours: Any) -> Any:
 
 def _class_ticks(axis: Any, class_names: Sequence[str] | None, count: int, label: str) -> None:
     """Class names up to 25 classes, otherwise some class numbers."""
-    if class_names is not None and len(class_names) != count:
-        raise InputError(f"Found {len(class_names)} class names, expected {count}; pass one name per class.")
+    _check_class_names(class_names, count)
     axis.set_label_text(f"{label} (number)" if label and count > 25 else label)
     if count > 25:
         axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
@@ -1346,6 +1588,47 @@ def _class_ticks(axis: Any, class_names: Sequence[str] | None, count: int, label
     axis.set_ticks(range(count), names)
     if axis.axis_name == "x" and max(map(len, names)) > 2:
         axis.set_tick_params(rotation=90)
+
+
+def _check_class_names(class_names: Sequence[str] | None, count: int) -> None:
+    if class_names is not None and len(class_names) != count:
+        raise InputError(f"Found {len(class_names)} class names, expected {count}; pass one name per class.")
+
+
+def _class_title(name: Any) -> str:
+    """The first of a class's names, as a word of a figure: "tench, Tinca tinca" -> "tench", "oak_tree" -> "oak tree"."""
+    return str(name).split(",")[0].replace("_", " ")
+
+
+def _class_list(count: int, names: Sequence[str], inches: float) -> str:
+    """The number of classes and as many of their names as there is room for."""
+    number = "1 class" if count == 1 else f"{count} classes"
+    return _short(f"{number}: {', '.join(names)}", int(inches / 0.065)) if names else number
+
+
+def _short(text: str, letters: int, lines: int = 1) -> str:
+    """A text in at most so many lines of about so many letters; what does not fit is left out, no word is broken."""
+    whole_words = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, max(letters, 3), max_lines=lines, placeholder=" …", **whole_words)
+
+
+def _longest_line(texts: Iterable[str]) -> int:
+    return max(len(line) for text in texts for line in text.split("\n"))
+
+
+def _pale(colour: str) -> tuple[float, ...]:
+    """A colour mixed with white, which unlike transparency looks alike on any ground."""
+    return tuple(0.65 + 0.35 * part for part in to_rgb(colour))
+
+
+def _known(history: pd.DataFrame, column: str) -> bool:
+    return column in history and bool(history[column].notna().any())
+
+
+def _rate_drops(history: pd.DataFrame) -> list[float]:
+    """The steps at which the learning rate falls to less than half, each halfway between the rows around it."""
+    dropped = history.learning_rate < 0.5 * history.learning_rate.shift()
+    return ((history.step + history.step.shift()) / 2)[dropped].to_list()
 
 
 def _ink(colour: Any) -> str:

@@ -19,6 +19,7 @@ from PIL import Image
 from ood_helpers import plots
 from ood_helpers.config import PROJECT_ROOT
 from ood_helpers.errors import InputError
+from ood_helpers.groups import Groups
 
 CAPTION = "digits · seed 0"
 
@@ -124,6 +125,46 @@ def tuning_table(methods, sets) -> pd.DataFrame:
     return pd.concat([default, tuned], ignore_index=True)
 
 
+def others_table(groups, sets) -> pd.DataFrame:
+    """ID images are others by 0.1 in their own group and by 0.9 in the rest; OOD images by 0.8, 0.85, 0.8, ..."""
+    lines = [(f"{own} images", "ID", name, 0.1 if name == own else 0.9) for own in groups for name in groups]
+    lines += [(ood, "OOD", name, 0.8 + 0.05 * (n % 2)) for ood in sets for n, name in enumerate(groups)]
+    table = pd.DataFrame(lines, columns=["set", "kind", "group", "mean"])
+    return table.assign(q25=table["mean"] - 0.05, q75=table["mean"] + 0.1)
+
+
+def fine_tuning_history(rates, scale=1.0) -> pd.DataFrame:
+    """A row of 100 steps a learning rate; the loss is `scale` / epoch, in validation twice that."""
+    epochs = np.arange(1, len(rates) + 1)
+    losses = {"train_loss": scale / epochs, "validation_loss": 2 * scale / epochs}
+    history = pd.DataFrame({"epoch": epochs, "step": 100 * epochs, "learning_rate": rates} | losses)
+    return history.assign(validation_accuracy=80.0 + epochs)
+
+
+def group_numbers() -> pd.DataFrame:
+    """FPR95 is 10 a group and 2 a draw, for random groups 5 more; the taxonomy has 2 groups and 15."""
+    lines = [("taxonomy", 2, 0, 15.0)]
+    for strategy, more in (("k-means", 0), ("random", 5)):
+        lines += [
+            (strategy, number, draw, 10.0 * number + 2 * draw + more)
+            for number in (2, 4, 8)
+            for draw in (0, 1)
+        ]
+    table = pd.DataFrame(lines, columns=["strategy", "groups", "draw", "fpr95"])
+    return table.assign(auroc=100 - table.fpr95 / 2)
+
+
+def depth_table(depths, sets) -> pd.DataFrame:
+    """FPR95 of MOS is 20, 30, ... by depth, of MSP 70 at every depth, + 1 a set; ID accuracy 90, 91, ... by depth."""
+    lines = [
+        (depth, method, name, group, (70.0 if method == "MSP" else 20.0 + 10 * place) + index, 90.0 + place)
+        for place, depth in enumerate(depths)
+        for method in ("MOS", "MSP")
+        for index, (name, group) in enumerate(sets.items())
+    ]
+    return pd.DataFrame(lines, columns=["depth", "method", "ood_set", "group", "fpr95", "id_accuracy"])
+
+
 def results_table(methods, sets, seeds=(0,), published=False) -> pd.DataFrame:
     """FPR95 is 10 for the first method, 20 for the second, ..., + 1 per set, + 1 per seed; AUROC 100 - FPR95 / 2."""
     rows = []
@@ -186,6 +227,12 @@ def every_figure(rng, classes: int, sets: dict[str, str], methods: list[str]) ->
     near_far = common | {"groups": sets}
     mask = weight >= np.percentile(weight, 60, axis=1, keepdims=True)
     ood = {name: features[name] for name in sets}
+    cuts = np.split(np.arange(classes), [classes // 2, classes // 2 + max(classes // 5, 1)])
+    members = tuple(tuple(map(int, cut)) for cut in cuts if len(cut))
+    groups = Groups(("animals", "geological formations", "plants")[: len(members)], members)
+    heads = ["flat", "group (taxonomy)", "group (k-means)", "group (random)"]
+    tuning_history = fine_tuning_history([0.1, 0.1, 0.01, 0.001])
+    depths = ["head", "last block", "last 2 blocks", "everything"]
     return {
         "sample_grid": plots.sample_grid(images, **near_far),
         "learning_curve": plots.learning_curve(history, **common),
@@ -220,6 +267,11 @@ def every_figure(rng, classes: int, sets: dict[str, str], methods: list[str]) ->
         "rank_intervals": plots.rank_intervals(
             rank_table(methods), cliques=[methods[:2]], nemenyi=3.0, **common
         ),
+        "group_layout": plots.group_layout(groups, names, **common),
+        "others_probability": plots.others_probability(others_table(groups.names, sets), **common),
+        "fine_tuning_curves": plots.fine_tuning_curves(dict.fromkeys(heads, tuning_history), **common),
+        "number_of_groups": plots.number_of_groups(group_numbers(), **common),
+        "fine_tuning_depth": plots.fine_tuning_depth(depth_table(depths, sets), **common),
     }
 
 
@@ -259,7 +311,7 @@ def test_saving_twice_gives_the_same_bytes(rng, tmp_path):
         assert b"Software" not in first[0] and b"Matplotlib" not in first[1] and b"<dc:date>" not in first[1]
     names = {path.name for path in (tmp_path / "first").iterdir()}
     assert (
-        len(names) == 2 * 26 and {"tuning_effect.png", "tuning_effect.svg"} <= names
+        len(names) == 2 * 31 and {"tuning_effect.png", "tuning_effect.svg"} <= names
     )  # no temporary file stays
     with Image.open(tmp_path / "first" / "tuning_effect.png") as image:
         assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1) and image.width == 1050
@@ -756,6 +808,164 @@ def test_rank_intervals_join_cliques_and_scale_the_nemenyi_distance():
     assert axes.texts[0].get_text() == "Nemenyi critical difference 2.5"
     without = plots.rank_intervals(ranks, cliques=[], nemenyi=None, caption=CAPTION)
     assert not without.axes[0].texts and not without.axes[1].lines
+
+
+def boxes(axes, colour) -> list[tuple[float, float, float]]:
+    """Left end, row and width of the rectangles with a face or, unfilled, with an edge of this colour."""
+    return [
+        (box.get_x(), box.get_y() + box.get_height() / 2, box.get_width())
+        for box in axes.patches
+        if same_color(box.get_facecolor() if box.get_facecolor()[3] else box.get_edgecolor(), colour)
+    ]
+
+
+def test_group_layout_has_a_cell_a_column_and_frames_the_targets():
+    groups = Groups(("animals", "vehicles"), ((1, 3, 2), (4, 0)))
+    names = ["truck", "cat", "dog, domestic dog", "oak_tree", "ship"]
+    axes = plots.group_layout(groups, names, caption=CAPTION, example=2).axes[0]
+    assert tick_names(axes.yaxis) == ["animals", "vehicles"] and axes.yaxis_inverted()
+    words = [text.get_text() for text in axes.texts]
+    # "others" first, the classes in the order of the columns
+    assert words == [
+        "others",
+        "cat",
+        "oak tree",
+        "dog",
+        "3 + 1",
+        "others",
+        "ship",
+        "truck",
+        "2 + 1",
+        "columns",
+    ]
+    assert boxes(axes, plots.PUBLISHED_COLOUR) == [(3, 0, 1), (0, 1, 1)]
+    assert boxes(axes, plots._pale(plots.ID_COLOUR)) == [
+        (1, 0, 1),
+        (2, 0, 1),
+        (3, 0, 1),
+        (1, 1, 1),
+        (2, 1, 1),
+    ]
+    assert "5 classes + 2 × others = 7 columns" in axes.get_xlabel()
+    with pytest.raises(InputError, match="Found 4 class names, expected 5"):
+        plots.group_layout(groups, names[:4], caption=CAPTION)
+
+
+def test_group_layout_of_many_classes_draws_bars_to_scale():
+    starts = np.cumsum([0, 398, 521, 9, 7, 52, 8, 3, 2])
+    members = tuple(tuple(range(start, end)) for start, end in itertools.pairwise(starts.tolist()))
+    words = ["animal", "artifact", "formation", "fungus", "misc", "natural object", "person", "plant"]
+    groups, names = Groups(tuple(words), members), [f"class {n}, also {n}" for n in range(1000)]
+    figure = plots.group_layout(groups, names, caption=CAPTION, example=400)
+    axes = figure.axes[0]
+    bars = boxes(axes, plots._pale(plots.ID_COLOUR))
+    assert [width for _, _, width in bars] == [398, 521, 9, 7, 52, 8, 3, 2]
+    targets = boxes(axes, plots.PUBLISHED_COLOUR)
+    assert targets[1] == (bars[1][0] + 2, 1, 1)
+    assert all(left == 0 for left, row, _ in targets if row != 1)
+    shown = [text.get_text() for text in axes.texts]
+    assert "2 classes: class 998, class 999" in shown
+    assert any(text.startswith("521 classes: class 398, class 399") and text.endswith(" …") for text in shown)
+    assert colliding(figure) == [] and clipped(figure) == []
+    numbers = plots.group_layout(groups, caption=CAPTION).axes[0]
+    assert "52 classes" in [text.get_text() for text in numbers.texts]
+
+
+def test_group_layout_turns_names_that_are_too_wide():
+    groups = Groups(("all",), (tuple(range(12)),))
+    figure = plots.group_layout(groups, ["automobile"] * 12, caption=CAPTION)
+    turned = [text for text in figure.axes[0].texts if text.get_text() == "automobile"]
+    assert {text.get_rotation() for text in turned} == {90} and colliding(figure) == []
+    short = plots.group_layout(groups, ["cat"] * 12, caption=CAPTION)
+    assert {text.get_rotation() for text in short.axes[0].texts} == {0}
+
+
+def test_others_probability_shows_each_set_in_each_group_and_its_lowest():
+    table = others_table(["animals", "plants"], ["SVHN"]).iloc[::-1]  # OOD first
+    animals, plants = plots.others_probability(table, caption=CAPTION).axes[::-1]
+    assert (animals.get_title(), plants.get_title()) == ("animals", "plants")
+    assert tick_names(plants.yaxis) == ["plants images", "animals images", "SVHN"]
+    bars = [
+        [bar.get_width() for container in axes.containers for bar in container] for axes in (animals, plants)
+    ]
+    np.testing.assert_allclose(bars, [[0.9, 0.1, 0.8], [0.1, 0.9, 0.85]])
+    full = [boxes(axes, plots.ID_COLOUR) for axes in (animals, plants)]
+    assert full == [[(0, 1, 0.1)], [(0, 0, 0.1)]]
+    assert [len(boxes(axes, plots.COLOURS[0])) for axes in (animals, plants)] == [1, 0]
+    ranges = [line.get_xdata() for line in animals.lines if len(set(line.get_ydata())) == 1][:3]
+    np.testing.assert_allclose(ranges, [[0.85, 1.0], [0.05, 0.2], [0.75, 0.9]])
+    means = plots.others_probability(table.drop(columns=["q25", "q75"]), caption=CAPTION)
+    assert all(len(axes.lines) == 1 for axes in means.axes)  # the line between ID and OOD
+    with pytest.raises(InputError, match="no column kind"):
+        plots.others_probability(table.drop(columns="kind"), caption=CAPTION)
+
+
+@pytest.mark.parametrize(("groups", "sets"), [(2, 4), (3, 5), (8, 4), (20, 6)])
+def test_others_probability_is_readable_for_many_groups(groups, sets):
+    names = [f"large omnivores, group {n}" for n in range(groups)]
+    table = others_table(names, [f"OOD set {n}" for n in range(sets)])
+    figure = plots.others_probability(table, caption=CAPTION)
+    assert clipped(figure) == [] and colliding(figure) == []
+    headings = [axes.title.get_window_extent(FigureCanvasAgg(figure).get_renderer()) for axes in figure.axes]
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(headings))
+    assert all(axes.get_xlim() == (0, 1) for axes in figure.axes)
+
+
+def test_fine_tuning_curves_have_a_loss_panel_a_head_and_mark_the_drops():
+    histories = {
+        "flat": fine_tuning_history([0.1, 0.1, 0.01, 0.001]),
+        "group": fine_tuning_history([0.05, 0.1, 0.09], scale=4.0),  # a warm-up and a slow decay are no drops
+    }
+    histories["group"]["validation_loss"] = np.nan
+    figure = plots.fine_tuning_curves(histories, caption=CAPTION)
+    flat, group, accuracy = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["flat", "group", "all heads"]
+    train, validation, *drops = flat.lines
+    np.testing.assert_allclose(train.get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
+    np.testing.assert_allclose(validation.get_ydata(), [2, 1, 2 / 3, 1 / 2])
+    assert [drop.get_xdata()[0] for drop in drops] == [250, 350]
+    assert len(group.lines) == 1 and group.get_ylim() == (0, pytest.approx(4.24))
+    assert [list(line.get_ydata()) for line in accuracy.lines] == [[81, 82, 83, 84], [81, 82, 83]]
+    assert accuracy.lines[1].get_color() == group.lines[0].get_color()
+    assert "sum over its groups" in figure.legends[0].get_title().get_text()
+    alone = {"flat": histories["flat"].drop(columns=["validation_loss", "validation_accuracy"])}
+    figure = plots.fine_tuning_curves(alone, caption=CAPTION)
+    assert len(figure.axes) == 1
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["flat", "training loss", "learning rate drops"]
+
+
+def test_number_of_groups_draws_means_single_draws_and_the_taxonomy():
+    figure = plots.number_of_groups(group_numbers(), caption=CAPTION)
+    fpr, auroc = figure.axes
+    _, taxonomy, kmeans_draws, kmeans, _, chance = fpr.lines
+    np.testing.assert_allclose(taxonomy.get_xydata(), [[np.log10(2), 15]])
+    assert taxonomy.get_linestyle() == "None" and taxonomy.get_markersize() > kmeans.get_markersize()
+    assert list(kmeans.get_ydata()) == [21, 41, 81] and list(chance.get_ydata()) == [26, 46, 86]
+    assert list(kmeans_draws.get_ydata()) == [20, 22, 40, 42, 80, 82]
+    assert kmeans_draws.get_alpha() < 1 and kmeans_draws.get_linestyle() == "None"
+    assert list(auroc.lines[3].get_ydata()) == [89.5, 79.5, 59.5]
+    assert tick_names(fpr.xaxis) == ["2", "4", "8"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["taxonomy", "k-means", "random", "one draw"]
+
+
+def test_fine_tuning_depth_has_a_panel_a_method_and_the_accuracy():
+    table = depth_table(["head", "last block", "everything"], {"SVHN": "far", "CIFAR-100": "near"})
+    figure = plots.fine_tuning_depth(table, caption=CAPTION)
+    mos, msp, accuracy = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["MOS", "MSP", "ID accuracy"]
+    # near first, then far, then the mean
+    assert [list(line.get_ydata()) for line in mos.lines] == [[21, 31, 41], [20, 30, 40], [20.5, 30.5, 40.5]]
+    assert [list(line.get_ydata()) for line in msp.lines] == [[71] * 3, [70] * 3, [70.5] * 3]
+    assert mos.get_ylim() == msp.get_ylim()
+    assert [(line.get_label(), *line.get_ydata()) for line in accuracy.lines] == [
+        ("MOS", 90, 91, 92),
+        ("MSP", 90, 91, 92),
+    ]
+    assert tick_names(accuracy.xaxis) == ["head", "last block", "everything"]
+    lacking = plots.fine_tuning_depth(table.iloc[1:], caption=CAPTION).axes[0]  # MOS on SVHN, head only
+    assert np.isnan([line.get_ydata()[0] for line in lacking.lines]).tolist() == [False, True, True]
 
 
 def test_an_unknown_metric_is_refused():
