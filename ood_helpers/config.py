@@ -108,13 +108,21 @@ class FolderImages(Images):
     path: str
 
 
+ClassNumbering = Literal["as_is", "ilsvrc2012_devkit"]
+
+
 class ListImages(Images):
-    """A text file with an image path (below `root`) and, with `labelled`, a class number a line."""
+    """A text file with an image path (below `root`) and, with `labelled`, a class number a line.
+
+    `class_numbering: ilsvrc2012_devkit` says that the numbers are ImageNet's devkit ids minus 1, as in the lists of MOS;
+    they become places in the sorted WordNet ids.
+    """
 
     source: Literal["list"]
     path: str
     root: str
     labelled: bool = True
+    class_numbering: ClassNumbering = "as_is"
 
 
 class NpzImages(Images):
@@ -262,10 +270,120 @@ class TorchvisionBackbone(Backbone):
     weights: str | None = None
 
 
+class BiTBackbone(Backbone):
+    """BiT's ResNet-v2 for ImageNet; depth 101, width 1 is BiT-S-R101x1 of MOS.
+
+    A checkpoint is one of Google's .npz files, or one that the code of MOS or BiT has fine-tuned.
+    """
+
+    architecture: Literal["bit"]
+    depth: Literal[50, 101, 152] = 101
+    width: int = Field(1, ge=1, le=4, description="factor of the number of channels")
+
+
 BackboneConfig = Annotated[
-    DenseNetBackbone | WideResNetBackbone | CifarResNet18Backbone | TorchvisionBackbone,
+    DenseNetBackbone | WideResNetBackbone | CifarResNet18Backbone | TorchvisionBackbone | BiTBackbone,
     Field(discriminator="architecture"),
 ]
+
+
+class GroupsConfig(Model):
+    """How the classes are divided into the groups of a group softmax; the three strategies of MOS."""
+
+    strategy: Literal["taxonomy", "kmeans", "random"] = Field(
+        description="groups by meaning, from a file; k-means of the classes' mean training features; random and even"
+    )
+    file: str | None = Field(
+        None, description="taxonomy: a name in configs/groups/ or the path of a YAML file"
+    )
+    number: PositiveInt | None = Field(None, description="kmeans and random: how many groups")
+    seed: NonNegativeInt = Field(0, description="kmeans and random")
+
+    @model_validator(mode="after")
+    def _options_with_an_effect(self) -> "GroupsConfig":
+        needed, useless = (
+            ("file", ("number", "seed")) if self.strategy == "taxonomy" else ("number", ("file",))
+        )
+        if getattr(self, needed) is None:
+            raise ValueError(f"groups by {self.strategy} need a {needed}; add {needed}")
+        for name in useless:
+            if name in self.model_fields_set:
+                raise ValueError(f"{name} has no effect on groups by {self.strategy}; remove it")
+        return self
+
+
+class FineTuningConfig(Model):
+    """A network made from the backbone with a new head, zero at the start, and the recipe of MOS: SGD with momentum,
+    a linear warm-up and three drops of the learning rate to a tenth.
+
+    With `depth` 0 and `inputs: features` the head is trained on the features in the bank, which is exact without
+    mixup, crops and flips; mixup then mixes features instead of images, an approximation.
+    """
+
+    groups: GroupsConfig | None = Field(None, description="None = a flat softmax over all classes")
+    depth: int = Field(
+        0, ge=-1, description="how many of the backbone's last blocks are trained, too; -1 = all of it"
+    )
+    inputs: Literal["features", "images"] = "features"
+    batch_size: PositiveInt = 512
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="images in a pass; the gradients of a batch are summed up; None = batch_size"
+    )
+    learning_rate: PositiveFloat = 0.003
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="steps: the warm-up ends, three drops, the end; None = by the number of training images, "
+        "[100, 200, 300, 400, 500], from 20,000 [500, 3000, 6000, 9000, 10000], from 500,000 "
+        "[500, 6000, 12000, 18000, 20000]",
+    )
+    mixup: NonNegativeFloat | None = Field(
+        None, description="alpha of mixup; 0 = off; None = 0.1 from 20,000 training images, else off"
+    )
+    resize: tuple[PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="[height, width] of training images before a random crop to the size of the transform",
+    )
+    crop_padding: NonNegativeInt = Field(0, description="pixels of zero padding before a random crop")
+    flip: bool = Field(False, description="random horizontal flip")
+    checkpoint: str | None = Field(
+        None, description="weights of a network fine-tuned elsewhere, to use as they are"
+    )
+    class_numbering: ClassNumbering = Field(
+        "as_is",
+        description="of the columns of a checkpoint's flat head, where they are not in the order of the labels",
+    )
+    expected_accuracy: float | None = Field(None, ge=0, le=100, description="percent on the ID test set")
+    tolerance: NonNegativeFloat = Field(0.5, description="percentage points")
+
+    @model_validator(mode="after")
+    def _options_with_an_effect(self) -> "FineTuningConfig":
+        if self.class_numbering != "as_is" and (self.checkpoint is None or self.groups is not None):
+            raise ValueError("class_numbering is for the flat head of a checkpoint; remove it")
+        if self.checkpoint is not None or self.inputs == "images":
+            return self
+        if self.depth != 0:
+            raise ValueError(f"depth {self.depth} trains more than the head; set inputs: images")
+        for name in ("resize", "crop_padding", "flip", "micro_batch_size"):
+            if getattr(self, name):
+                raise ValueError(f"{name} has no effect on features; remove it, or set inputs: images")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> "FineTuningConfig":
+        if self.schedule is not None and any(a >= b for a, b in zip(self.schedule, self.schedule[1:])):
+            raise ValueError(f"the steps of schedule {list(self.schedule)} do not rise; put them in order")
+        return self
+
+
+class DepthAblation(Model):
+    """MOS and MSP after fine-tuning to several depths, with groups as those of the network `group`."""
+
+    depths: tuple[int, ...] = Field(
+        min_length=1, description="0 = the head, n = the last n blocks, too, -1 = everything"
+    )
+    recipe: FineTuningConfig = Field(description="what all depths have in common")
 
 
 class FeaturesConfig(Model):
@@ -324,6 +442,13 @@ class ExperimentConfig(Model):
     transform: TransformConfig
     backbone: BackboneConfig
     features: FeaturesConfig = FeaturesConfig()
+    networks: dict[str, FineTuningConfig] = Field(
+        {},
+        description="networks made from the backbone; a row of detectors names the one it scores as `network`",
+    )
+    depth_ablation: DepthAblation | None = Field(
+        None, description="for 13_mos, where training more than a head is affordable"
+    )
     detectors: dict[str, dict[str, Any]] = Field(
         description="row name -> hyper-parameters; see ood_helpers.detectors"
     )
@@ -333,9 +458,11 @@ class ExperimentConfig(Model):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_detector_means_defaults(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and isinstance(data.get("detectors"), Mapping):
-            return {**data, "detectors": {key: value or {} for key, value in data["detectors"].items()}}
+    def _empty_entry_means_defaults(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for name in {"detectors", "networks"} & data.keys():
+                if isinstance(data[name], Mapping):
+                    data = {**data, name: {key: value or {} for key, value in data[name].items()}}
         return data
 
     @model_validator(mode="after")
@@ -350,6 +477,16 @@ class ExperimentConfig(Model):
                     raise ValueError(
                         f"published.ood_sets names {name!r}, which is no OOD set; {nearest(name, names)}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _known_networks(self) -> "ExperimentConfig":
+        for row, settings in self.detectors.items():
+            name = settings.get("network")
+            if name is not None and name not in self.networks:
+                raise ValueError(
+                    f"detectors.{row}.network names {name!r}; {nearest(str(name), self.networks)}"
+                )
         return self
 
     @model_validator(mode="after")

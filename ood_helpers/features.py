@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from ood_helpers.config import FeaturesConfig
 from ood_helpers.data import ImageSet, Transform, image_batches
 from ood_helpers.errors import InputError
 from ood_helpers.files import atomic_path, locked, sha256_of_json, write_json
+from ood_helpers.groups import Groups
 from ood_helpers.progress import track
 
 EXTRACTION_VERSION = 1  # raise it when the numbers in a bank change for the same network and images
@@ -47,16 +48,19 @@ def resolve_device(device: str = "auto") -> torch.device:
 class Head:
     """The linear classifier on the pooled features: logits = features weight^T + bias.
 
-    weight [C, D], bias [C].
+    weight [L, D], bias [L]. L is the number of classes C; with `groups`, whose softmax has an "others" in each of K
+    groups, it is C + K.
     """
 
     weight: Tensor
     bias: Tensor
+    groups: Groups | None = None
 
     @classmethod
-    def of(cls, network: Classifier) -> "Head":
+    def of(cls, network: Classifier, groups: Groups | None = None) -> "Head":
         """The head of a classifier, detached, on the CPU."""
-        return cls(network.head.weight.detach().cpu().clone(), network.head.bias.detach().cpu().clone())
+        weight, bias = network.head.weight, network.head.bias
+        return cls(weight.detach().cpu().clone(), bias.detach().cpu().clone(), groups)
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
@@ -64,10 +68,19 @@ class Head:
             raise InputError(
                 f"A head has {found}, expected [C, D] and [C]; pass the weights of a linear layer."
             )
+        if self.groups is not None and self.groups.num_logits != self.num_logits:
+            raise InputError(
+                f"A head has {self.num_logits} logits, expected {self.groups.num_logits} for "
+                f"{self.groups.num_classes} classes in {self.groups.num_groups} groups; pass the groups it was trained with."
+            )
+
+    @property
+    def num_logits(self) -> int:
+        return self.weight.shape[0]
 
     @property
     def num_classes(self) -> int:
-        return self.weight.shape[0]
+        return self.num_logits if self.groups is None else self.groups.num_classes
 
     @property
     def feature_dim(self) -> int:
@@ -75,11 +88,15 @@ class Head:
 
     def to(self, *args, **kwargs) -> "Head":
         """The head in another dtype or on another device, as torch.Tensor.to."""
-        return Head(self.weight.to(*args, **kwargs), self.bias.to(*args, **kwargs))
+        return Head(self.weight.to(*args, **kwargs), self.bias.to(*args, **kwargs), self.groups)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits [N, C] of features [N, D]."""
+        """Logits [N, L] of features [N, D]."""
         return features @ self.weight.T + self.bias
+
+    def classify(self, logits: Tensor) -> Tensor:
+        """Predicted classes [N] of logits [N, L]: the largest, or by the rule of the group softmax."""
+        return logits.argmax(dim=1) if self.groups is None else self.groups.classify(logits)
 
 
 @dataclass(frozen=True)
@@ -155,6 +172,34 @@ class StoredBank:
         taps = {name: torch.cat([shard.taps[name] for shard in shards]) for name in shards[0].taps}
         features = torch.cat([shard.features for shard in shards])
         return FeatureBank(features, torch.cat([shard.logits for shard in shards]), labels, taps)
+
+
+@dataclass(frozen=True)
+class OtherHeadBank:
+    """A bank with the logits of another head on the same features, taken anew whenever it is read."""
+
+    bank: StoredBank
+    head: Head
+
+    @property
+    def record(self) -> dict:
+        """That of the forward pass."""
+        return self.bank.record
+
+    def __len__(self) -> int:
+        return len(self.bank)
+
+    def shards(self) -> Iterator[FeatureBank]:
+        """One FeatureBank for every shard of the bank, in order."""
+        for shard in self.bank.shards():
+            yield self._with_logits(shard)
+
+    def load(self) -> FeatureBank:
+        """The whole bank in memory."""
+        return self._with_logits(self.bank.load())
+
+    def _with_logits(self, bank: FeatureBank) -> FeatureBank:
+        return replace(bank, logits=self.head.logits(bank.features))
 
 
 class PixelNetwork:
@@ -248,7 +293,7 @@ class ImageBank:
     name : of the image set, for progress bars
     """
 
-    bank: FeatureBank | StoredBank
+    bank: FeatureBank | StoredBank | OtherHeadBank
     network: PixelNetwork
     batches: Callable[[int, int], Iterator[Tensor]]
     name: str = "images"
@@ -273,7 +318,7 @@ class ImageBank:
             start = stop
 
 
-Bank = FeatureBank | StoredBank | ImageBank
+Bank = FeatureBank | StoredBank | OtherHeadBank | ImageBank
 
 
 def shard_path(directory: Path, index: int) -> Path:
@@ -468,9 +513,9 @@ def class_means(bank: Bank, num_classes: int) -> tuple[Tensor, Tensor]:
     return sums / counts[:, None], counts
 
 
-def accuracy(bank: Bank) -> float:
-    """Percent of a bank's images whose largest logit is at their label."""
-    correct = sum(int((shard.logits.argmax(1) == shard.labels).sum()) for shard in bank.shards())
+def accuracy(bank: Bank, head: Head) -> float:
+    """Percent of a bank's images that its head classifies as labelled."""
+    correct = sum(int((head.classify(shard.logits) == shard.labels).sum()) for shard in bank.shards())
     return 100 * correct / len(bank)
 
 

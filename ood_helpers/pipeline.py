@@ -10,7 +10,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -24,9 +24,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ood_helpers import features, metrics, plots, results
-from ood_helpers.backbones import Classifier, build, load_checkpoint, weights_fingerprint
-from ood_helpers.config import PROJECT_ROOT, ExperimentConfig, Images, load_config, resolve_path
-from ood_helpers.data import ImageSet, Transform, image_batches, open_image_set
+from ood_helpers.backbones import Classifier, weights_fingerprint
+from ood_helpers.config import (
+    PROJECT_ROOT,
+    ExperimentConfig,
+    FineTuningConfig,
+    GroupsConfig,
+    Images,
+    load_config,
+    resolve_path,
+)
+from ood_helpers.data import ImageSet, Transform, open_image_set
 from ood_helpers.detectors import DETECTORS, Detector, create, create_all
 from ood_helpers.errors import InputError, MissingDataError, nearest
 from ood_helpers.features import (
@@ -34,22 +42,18 @@ from ood_helpers.features import (
     FeatureBank,
     Head,
     ImageBank,
-    PixelNetwork,
     StoredBank,
     accuracy,
-    bank_key,
     class_means,
-    extract,
-    pass_batch_size,
     resolve_device,
 )
 from ood_helpers.files import atomic_path, locked, sha256_of_json, write_text
+from ood_helpers.networks import Backbone, ExperimentNetwork, FineTunedNetwork
 from ood_helpers.progress import track
-from ood_helpers.training import TRAINING_VERSION, check_labels, train_classifier
+from ood_helpers.training import check_labels
 
 ID_SETS = ("train", "validation", "test")
 TUNED = "_tuned"  # ends the name of a row whose hyper-parameters were chosen on a grid
-SHORT = 20  # hexadecimal digits of a fingerprint in a folder's name
 
 
 class Experiment:
@@ -89,7 +93,8 @@ class Experiment:
         self.tuning_missing = ""
         self._checked = False
         self._image_sets: dict[str, ImageSet] = {}
-        self._banks: dict[str, StoredBank] = {}
+        self.backbone = Backbone(self)
+        self._fine_tuned: dict[str, FineTunedNetwork] = {}
 
     @classmethod
     def open(
@@ -145,10 +150,10 @@ class Experiment:
     def seed_directory(self) -> Path:
         return self.directory / f"seed{self.seed}"
 
-    @property
-    def scores_directory(self) -> Path:
-        """Where scores are kept: for each seed where the network is trained here, else once for all."""
-        trained = self.config.backbone.training is not None
+    def scores_directory(self, row: str) -> Path:
+        """Where a row's scores are kept: for each seed where a network is trained here, else once for all."""
+        network = self._network_of(self._unfitted(self._base(row)))
+        trained = self.backbone.trained_here or network.trained_here
         return (self.seed_directory if trained else self.directory) / "scores"
 
     @property
@@ -170,6 +175,12 @@ class Experiment:
     def id_names(self) -> list[str]:
         """Those of train, validation and test that the config has."""
         return [name for name in ID_SETS if getattr(self.config.id, name) is not None]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Those of the backbone and of the networks that are not trained here."""
+        entries = (self.config.backbone, *self.config.networks.values())
+        return [entry.checkpoint for entry in entries if entry.checkpoint is not None]
 
     @property
     def ood_groups(self) -> dict[str, str]:
@@ -239,11 +250,11 @@ class Experiment:
         if self._checked:
             return
         problems = []
-        checkpoint = self.config.backbone.checkpoint
-        if checkpoint and not resolve_path(checkpoint).exists():
-            problems.append(
-                f"No checkpoint {checkpoint}, expected the weights of the network; put the file there."
-            )
+        for checkpoint in self.checkpoints:
+            if not resolve_path(checkpoint).exists():
+                problems.append(
+                    f"No checkpoint {checkpoint}, expected the weights of the network; put the file there."
+                )
         sources = self._sources()
         local = [name for name, images in sources.items() if images.source not in ("torchvision", "archive")]
         self._open_all(local, problems)
@@ -319,110 +330,77 @@ class Experiment:
             )
         return pd.DataFrame(rows).fillna("")
 
-    # ---- backbone ---------------------------------------------------------------------------------------
-
-    @cached_property
-    def network(self) -> Classifier:
-        """The classifier in eval mode: trained here (resumed if interrupted) or loaded from its checkpoint."""
-        torch.manual_seed(self.seed)
-        network = build(self.config.backbone, self.config.id.num_classes)
-        if self.config.backbone.training is not None:
-            with locked(self.model_directory):
-                train_classifier(
-                    network,
-                    self.image_set("train"),
-                    self.image_set("validation") if self.config.id.validation else None,
-                    self.transform,
-                    self.config.backbone.training,
-                    seed=self.seed,
-                    device=self.device,
-                    directory=self.model_directory,
-                )
-        elif self.config.backbone.checkpoint is not None:
-            load_checkpoint(network, resolve_path(self.config.backbone.checkpoint))
-        return network.eval().to(self.device)
+    # ---- networks and banks -------------------------------------------------------------------------------
 
     @property
-    def model_directory(self) -> Path:
-        """Where a network trained here keeps weights.safetensors and history.csv."""
-        sets = [self.image_set(name).fingerprint for name in self.id_names if name != "test"]
-        backbone = self.config.backbone.model_dump(exclude={"expected_accuracy", "tolerance"})
-        settings = [backbone, self.config.id.num_classes, sets, self.transform.fingerprint, self.seed]
-        key = sha256_of_json([*settings, self.device.type, TRAINING_VERSION])
-        return self.run_dir / "models" / key[:SHORT]
+    def network(self) -> Classifier:
+        """The backbone in eval mode: trained here (resumed if interrupted) or loaded from its checkpoint."""
+        return self.backbone.network
+
+    @property
+    def head(self) -> Head:
+        """That of the backbone."""
+        return self.backbone.head
 
     @property
     def training_history(self) -> pd.DataFrame | None:
-        """The learning curve, one row an epoch; None for a network that was not trained here."""
-        if self.config.backbone.training is None:
-            return None
-        _ = self.network
-        return pd.read_csv(self.model_directory / "history.csv")
-
-    @cached_property
-    def head(self) -> Head:
-        return Head.of(self.network)
-
-    # ---- banks ------------------------------------------------------------------------------------------
-
-    def bank(self, name: str) -> StoredBank:
-        """The feature bank of an image set; the forward pass runs if it has not yet.
-
-        Raises
-        ------
-        InputError : see features.extract
-        """
-        if name not in self._banks:
-            self._banks[name] = extract(
-                self.network,
-                self.image_set(name),
-                self.transform,
-                self._bank_directory(name),
-                self.config.features,
-                self.device,
-            )
-        return self._banks[name]
+        """The backbone's learning curve, one row an epoch; None for a network that was not trained here."""
+        return self.backbone.training_history
 
     @property
-    def bank_names(self) -> list[str]:
-        """The image sets that have a bank: ID, OOD and, with tuned rows, the outliers to tune on."""
-        return [*self.id_names, *(["tuning"] if self.tuned_rows else []), *self.ood_groups]
-
-    def image_bank(self, name: str) -> ImageBank:
-        """The bank of an image set with its images and the network, for methods that differentiate by the input."""
-        image_set = self.image_set(name)
-        batch_size = pass_batch_size(self.config.features, self.device)
-
-        def batches(start: int, stop: int) -> Iterator[torch.Tensor]:
-            return image_batches(
-                image_set, self.transform, start, stop, batch_size, self.config.features.workers
-            )
-
-        network = PixelNetwork(self.network, self.transform, self.device)
-        return ImageBank(self.bank(name), network, batches, image_set.name)
-
-    def _bank_directory(self, name: str) -> Path:
-        taps = self.config.features.taps
-        key = bank_key(self.network, self.image_set(name), self.transform, taps, self.device)
-        return self.run_dir / "banks" / key[:SHORT]
-
-    @cached_property
     def id_accuracy(self) -> float:
-        """Percent of ID test images classified correctly, held against the config's expectation.
+        """Percent of ID test images that the backbone classifies correctly, held against the config's expectation.
 
         Raises
         ------
         InputError : further than `tolerance` from `expected_accuracy`
         """
-        found = accuracy(self.bank("test"))
-        expected, tolerance = self.config.backbone.expected_accuracy, self.config.backbone.tolerance
-        if expected is not None and abs(found - expected) > tolerance:
+        return self.backbone.id_accuracy
+
+    def bank(self, name: str) -> StoredBank:
+        """The backbone's feature bank of an image set; the forward pass runs if it has not yet.
+
+        Raises
+        ------
+        InputError : see features.extract
+        """
+        return self.backbone.bank(name)
+
+    def image_bank(self, name: str) -> ImageBank:
+        """The bank of an image set with its images and the backbone, for methods that differentiate by the input."""
+        return self.backbone.image_bank(name)
+
+    @cached_property
+    def networks(self) -> dict[str, FineTuningConfig]:
+        """Those of the config, and `group` and `flat` of MOS where it does not have them, with k-means groups."""
+        number = max(2, round(self.config.id.num_classes**0.5))
+        group = FineTuningConfig(groups=GroupsConfig(strategy="kmeans", number=number))
+        return {"group": group, "flat": FineTuningConfig()} | self.config.networks
+
+    def fine_tuned(self, network: str | FineTuningConfig) -> FineTunedNetwork:
+        """A network made from the backbone, by its name in `networks` or by a recipe; trained when first asked for.
+
+        Raises
+        ------
+        InputError : no such network
+        """
+        if isinstance(network, FineTuningConfig):
+            return FineTunedNetwork(self, network, "of this recipe")
+        if network not in self.networks:
             raise InputError(
-                f"The ID accuracy of {self.config.name} is {found:.2f} %, expected {expected:.2f} ± {tolerance:.2f} %: "
-                "check the label order, the normalisation (transform.mean, transform.std) and the checkpoint, "
-                "or correct backbone.expected_accuracy."
+                f"No network {network!r} in {self.config.name}; {nearest(network, self.networks)}"
             )
-        return found
+        if network not in self._fine_tuned:
+            self._fine_tuned[network] = FineTunedNetwork(self, self.networks[network], network)
+        return self._fine_tuned[network]
+
+    def _network_of(self, detector: Detector) -> ExperimentNetwork:
+        return self.fine_tuned(detector.network) if detector.network else self.backbone
+
+    @property
+    def bank_names(self) -> list[str]:
+        """The image sets that have a bank: ID, OOD and, with tuned rows, the outliers to tune on."""
+        return [*self.id_names, *(["tuning"] if self.tuned_rows else []), *self.ood_groups]
 
     def describe_banks(self) -> pd.DataFrame:
         """One row a bank: images, features, seconds and images a second of its forward pass."""
@@ -479,13 +457,13 @@ class Experiment:
 
     def _fit(self, detector: Detector, train_bank: Bank | None = None) -> float:
         """Fit a detector; returns the seconds, with those of what it computes at its first score."""
-        validation_bank = None
+        network, validation_bank = self._network_of(detector), None
         if detector.needs_validation and "validation" in self.id_names:
-            validation_bank = self.image_bank("validation")
-        train_bank = self.bank(detector.fit_set) if train_bank is None else train_bank
-        shard = next(self.bank("test").shards())
+            validation_bank = network.image_bank("validation")
+        train_bank = network.bank(detector.fit_set) if train_bank is None else train_bank
+        shard = next(network.bank("test").shards())
         begin = time.perf_counter()
-        detector.fit(train_bank, self.head, validation_bank)
+        detector.fit(train_bank, network.head, validation_bank)
         if not detector.needs_images:
             taps = {name: tap[:1] for name, tap in shard.taps.items()}
             detector.score_samples(FeatureBank(shard.features[:1], shard.logits[:1], taps=taps))
@@ -569,6 +547,65 @@ class Experiment:
             )
         return pd.DataFrame(lines)
 
+    def compare_networks(self, recipes: Mapping[str, FineTuningConfig]) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """FPR95 and AUROC in percent of networks made by several recipes: of MOS with a group softmax, of MSP with a
+        flat one.
+
+        Parameters
+        ----------
+        recipes : label -> recipe; each network is trained when it is not yet
+
+        Returns
+        -------
+        one line a network and OOD set, with the columns of results.csv that apply, `method` being the label; and the means
+        over OOD sets, see results.mean_table
+        """
+        lines, resamples = [], {metric: {} for metric in results.METRICS}
+        for label, recipe in track(list(recipes.items()), description="networks", unit="network"):
+            network = self.fine_tuned(recipe)
+            detector = create("msp" if recipe.groups is None else "mos")
+            test = network.bank("test")
+            detector.fit(test, network.head)  # neither method learns from images
+            id_scores, of_sets = detector.score_samples(test).numpy(), {}
+            for name, group in self.ood_groups.items():
+                ood_scores = detector.score_samples(network.bank(name)).numpy()
+                of_sets[name], values = self._with_intervals(id_scores, ood_scores, name)
+                lines.append(
+                    {"experiment": self.config.name, "seed": self.seed, "method": label, "ood_set": name}
+                    | {"group": group, "n_id": len(id_scores), "n_ood": len(ood_scores), **values}
+                    | {"id_accuracy": network.id_accuracy, "tuned_on": ""}
+                )
+            for metric, of_methods in resamples.items():
+                of_methods[label] = pd.DataFrame({name: draws[metric] for name, draws in of_sets.items()})
+        table = pd.DataFrame(lines)
+        return table, results.mean_table(table, resamples)
+
+    def others_probability(self, network: FineTunedNetwork) -> pd.DataFrame:
+        """How probable "others" is in each group of a network with a group softmax, for the images of every set.
+
+        Returns
+        -------
+        one line a set and group: set (the ID test images of each group are a set of their own), kind (ID or OOD), group,
+        and mean, q25 and q75 (the quartiles) of p("others"), in [0, 1]
+        """
+        groups, sets = network.groups, {}
+        test = network.bank("test").load()
+        for number, name in enumerate(groups.names):
+            own = groups.group_of_class[test.labels] == number
+            if own.any():
+                sets[f"{self.config.id.name}: {name}"] = "ID", test.logits[own]
+        for name in self.ood_groups:
+            sets[name] = "OOD", network.bank(name).load().logits
+        lines = []
+        for name, (kind, logits) in sets.items():
+            others = groups.others_probability(logits.double())
+            quartiles = others.quantile(torch.tensor([0.25, 0.75], dtype=others.dtype), dim=0)
+            for place, group in enumerate(groups.names):
+                low, high = quartiles[:, place].tolist()
+                line = {"set": name, "kind": kind, "group": group, "mean": float(others[:, place].mean())}
+                lines.append(line | {"q25": low, "q75": high})
+        return pd.DataFrame(lines)
+
     def tune(self, row: str) -> pd.DataFrame:
         """The grid of a row on the ID validation images against the outliers to tune on; `chosen` marks the best.
 
@@ -596,7 +633,7 @@ class Experiment:
             lines = table.drop(columns=["ood_set", "group"]).to_dict("records")
             return {}, {"seconds": time.perf_counter() - begin, "lines": lines}
 
-        return self._kept(f"{row}{TUNED}.grid", self._score_fingerprint(row + TUNED), compute)[1]
+        return self._kept(row + TUNED, ".grid", self._score_fingerprint(row + TUNED), compute)[1]
 
     def sample_size(
         self, rows: Iterable[str], images_per_class: Iterable[int], draws: int = 3
@@ -608,8 +645,11 @@ class Experiment:
         one line a method, number of images and draw: method, images_per_class, draw, and the mean over OOD sets
         of fpr95 and auroc in percent, NaN where a method refuses so few images, and why in `refused`
         """
-        train, lines, generator = self.bank("train").load(), [], np.random.default_rng(self.seed)
-        by_class = [np.flatnonzero(train.labels.numpy() == k) for k in range(self.config.id.num_classes)]
+        rows, lines, generator = list(rows), [], np.random.default_rng(self.seed)
+        networks = {row: self._network_of(self._unfitted(row)) for row in rows}
+        banks = {network: network.bank("train").load() for network in networks.values()}
+        labels = self.bank("train").load().labels.numpy()
+        by_class = [np.flatnonzero(labels == k) for k in range(self.config.id.num_classes)]
         subsets = [
             (count, draw, np.sort(np.concatenate([generator.permutation(own)[:count] for own in by_class])))
             for count in images_per_class
@@ -618,6 +658,7 @@ class Experiment:
         for row, (count, draw, taken) in track(
             list(itertools.product(rows, subsets)), description="sample size", unit="fit"
         ):
+            train = banks[networks[row]]
             taps = {name: tap[taken] for name, tap in train.taps.items()}
             subset = FeatureBank(train.features[taken], train.logits[taken], train.labels[taken], taps)
             detector = copy.copy(self._unfitted(row))
@@ -632,7 +673,8 @@ class Experiment:
     # ---- scores and results -----------------------------------------------------------------------------
 
     def _bank_for(self, detector: Detector, name: str) -> Bank:
-        return self.image_bank(name) if detector.needs_images else self.bank(name)
+        network = self._network_of(detector)
+        return network.image_bank(name) if detector.needs_images else network.bank(name)
 
     def _sets_of(self, row: str) -> dict[str, str]:
         """OOD set -> group of those a row is reported on."""
@@ -652,7 +694,7 @@ class Experiment:
         return sha256_of_json(
             {
                 "row": [self._label(row), base.hyperparameters(), choice],
-                "banks": {name: self.bank(name).directory.name for name in sets},
+                "banks": {name: self._network_of(base).key(name) for name in sets},
                 "code": code,
             }
         )
@@ -667,8 +709,13 @@ class Experiment:
 
     def _scored(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
         """Scores of the ID test set and the OOD sets, and what they rest on and cost; computed once."""
-        _ = self.id_accuracy  # the guard stops here, before anything is scored or read
-        return self._kept(row, self._score_fingerprint(row), lambda: self._score(row))
+        self._check_accuracy(row)
+        return self._kept(row, "", self._score_fingerprint(row), lambda: self._score(row))
+
+    def _check_accuracy(self, row: str) -> float:
+        """The ID accuracy of a row's network; a wrong one stops here, before anything is scored or read."""
+        _ = self.id_accuracy
+        return self._network_of(self._unfitted(self._base(row))).id_accuracy
 
     def _score(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
         detector = self.detector(row)
@@ -693,28 +740,18 @@ class Experiment:
 
     def _evaluated(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
         """The bootstrap resamples {"fpr95/<set>": [R], "auroc/<set>": [R]} of a row and its lines of the results."""
-        _ = self.id_accuracy  # the guard stops here, before anything is scored or read
+        self._check_accuracy(row)
         parts = [self._score_fingerprint(row), self.config.name, self.ood_groups]
         parts += [self.config.metrics.model_dump(), [ood.name for ood in self.config.ood]]
         fingerprint = sha256_of_json([*parts, _hash_of([metrics, results, sys.modules[__name__]])])
-        return self._kept(f"{row}.metrics", fingerprint, lambda: self._evaluate(row))
+        return self._kept(row, ".metrics", fingerprint, lambda: self._evaluate(row))
 
     def _evaluate(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
         scores, facts = self._scored(row)
-        order = [ood.name for ood in self.config.ood]  # its place decides a set's draws, whatever is missing
         resamples, lines = {}, []
         for name, group in self._sets_of(row).items():
-            drawn = metrics.resampled(
-                scores["test"],
-                scores[name],
-                resamples=self.config.metrics.bootstrap_resamples,
-                seed=self.config.metrics.bootstrap_seed,
-                ood_set=order.index(name),
-            )
-            intervals = {}
-            for metric, values in drawn.items():
-                resamples[f"{metric}/{name}"] = values
-                intervals[f"{metric}_lo"], intervals[f"{metric}_hi"] = metrics.interval(values)
+            drawn, values = self._with_intervals(scores["test"], scores[name], name)
+            resamples |= {f"{metric}/{name}": draws for metric, draws in drawn.items()}
             lines.append(
                 {
                     "experiment": self.config.name,
@@ -723,9 +760,8 @@ class Experiment:
                     "group": group,
                     "n_id": len(scores["test"]),
                     "n_ood": len(scores[name]),
-                    **metrics.evaluate(scores["test"], scores[name]),
-                    **intervals,
-                    "id_accuracy": self.id_accuracy,
+                    **values,
+                    "id_accuracy": self._check_accuracy(row),
                     "score_seconds": facts["seconds"][name],
                     "hyperparameters": json.dumps(facts["hyperparameters"]),
                     "data_sha256": self._data_hash([*self._fitted_on(row), "test", name]),
@@ -736,14 +772,35 @@ class Experiment:
             )
         return resamples, {"lines": lines}
 
+    def _with_intervals(
+        self, id_scores: np.ndarray, ood_scores: np.ndarray, ood_set: str
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """The bootstrap resamples {metric: [R]} on an OOD set, and all metrics with the intervals of the two resampled."""
+        order = [ood.name for ood in self.config.ood]  # its place decides a set's draws, whatever is missing
+        drawn = metrics.resampled(
+            id_scores,
+            ood_scores,
+            resamples=self.config.metrics.bootstrap_resamples,
+            seed=self.config.metrics.bootstrap_seed,
+            ood_set=order.index(ood_set),
+        )
+        values = metrics.evaluate(id_scores, ood_scores)
+        for metric, draws in drawn.items():
+            values[f"{metric}_lo"], values[f"{metric}_hi"] = metrics.interval(draws)
+        return drawn, values
+
     def _kept(
-        self, name: str, fingerprint: str, compute: Callable[[], tuple[dict[str, np.ndarray], dict]]
+        self,
+        row: str,
+        suffix: str,
+        fingerprint: str,
+        compute: Callable[[], tuple[dict[str, np.ndarray], dict]],
     ) -> tuple[dict[str, np.ndarray], dict]:
-        """Arrays and facts from scores/<name>.safetensors while their fingerprint is there, else computed and kept.
+        """Arrays and facts from scores/<row><suffix>.safetensors while their fingerprint is there, else computed and kept.
 
         A second process that asks for the same waits for the first.
         """
-        path = self.scores_directory / f"{name}.safetensors"
+        path = self.scores_directory(row) / f"{row}{suffix}.safetensors"
         with locked(path):
             return self._read(path, fingerprint) or self._keep(path, fingerprint, *compute())
 
@@ -865,13 +922,32 @@ class Experiment:
             for name in sets
         }
         record = {"image_sets": described, "missing": self.missing}
-        trained = self.model_directory / "weights.safetensors"
-        if self.config.backbone.training is not None and not trained.exists():
+        if self.backbone.trained_here and not self._finished(self.backbone):
             return record
-        opened = {name: StoredBank.open(self._bank_directory(name)) for name in sets}
+        opened = {name: StoredBank.open(self.backbone.bank_directory(name)) for name in sets}
         banks = {name: {"key": bank.directory.name, **bank.record} for name, bank in opened.items() if bank}
         record |= {"weights_sha256": weights_fingerprint(self.network), "banks": banks}
-        return record | ({"id_accuracy": accuracy(opened["test"])} if opened["test"] else {})
+        if not opened["test"]:
+            return record
+        return record | {
+            "id_accuracy": accuracy(opened["test"], self.head),
+            "networks": self._record_networks(),
+        }
+
+    def _record_networks(self) -> dict:
+        made = {name: self.fine_tuned(name) for name in self.config.networks}
+        return {
+            name: {
+                "weights_sha256": weights_fingerprint(network.network),
+                "approximation": network.approximation,
+            }
+            for name, network in made.items()
+            if not network.trained_here or self._finished(network)
+        }
+
+    @staticmethod
+    def _finished(network: ExperimentNetwork) -> bool:
+        return (network.model_directory / "weights.safetensors").exists()
 
 
 def _code_of(detector_class: type[Detector]) -> str:

@@ -245,7 +245,9 @@ def describe_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = 
     name, direction = METRICS[metric]
     seeds = sorted(results.seed.unique())
     varies = results.groupby(["method", "ood_set"])[metric].nunique().max() > 1
-    interval = "mean ± standard deviation over seeds" if varies else "95 % bootstrap interval"
+    interval = "95 % bootstrap interval"
+    if varies:
+        interval = f"mean ± standard deviation over seeds ({interval} where they do not differ)"
     sizes = results.drop_duplicates("ood_set")
     sizes = ", ".join(f"{row.ood_set} {row.n_ood:,}" for row in sizes.itertuples())
     by_choice: dict[str, list[str]] = {}
@@ -254,11 +256,23 @@ def describe_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = 
     text = (
         f"{name} in percent ({direction}), {interval}; experiment {results.experiment.iloc[0]}, "
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, "
-        f"ID accuracy {results.id_accuracy.mean():.2f} %, {results.n_id.iloc[0]:,} ID images, OOD images: {sizes}."
+        f"ID accuracy {_accuracies(results)}, {results.n_id.iloc[0]:,} ID images, OOD images: {sizes}."
     )
     text += "".join(f" † {', '.join(methods)}: {choice}." for choice, methods in by_choice.items())
     missing = list(missing)
     return text + (f" Without {', '.join(missing)}: not found and skipped." if missing else "")
+
+
+def _accuracies(results: pd.DataFrame) -> str:
+    """The ID accuracy that most methods rest on, and those of methods with another network."""
+    means = results.groupby("method", sort=False).id_accuracy.mean().map("{:.2f} %".format)
+    common = means.mode().iloc[0]
+    others = means[means != common]
+    listed = [
+        f"{value} for {', '.join(methods)}"
+        for value, methods in others.groupby(others, sort=False).groups.items()
+    ]
+    return common + (f" ({'; '.join(listed)})" if listed else "")
 
 
 def tuned_label(label: str) -> str:

@@ -24,6 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 from ood_helpers.config import PROJECT_ROOT, resolve_path
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.files import sha256_of_file, sha256_of_json, write_json, write_text
+from ood_helpers.groups import GROUP_DIRECTORY
 from ood_helpers.pipeline import Experiment
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
@@ -142,10 +143,11 @@ class Runner:
         )
         images = {name: item.fingerprint for name, item in sorted(experiment._image_sets.items())}
         settings = {key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")}
-        checkpoint = experiment.config.backbone.checkpoint
-        weights = sha256_of_file(resolve_path(checkpoint)) if checkpoint else None
+        weights = [sha256_of_file(resolve_path(checkpoint)) for checkpoint in experiment.checkpoints]
+        groups = [sha256_of_file(path) for path in sorted(GROUP_DIRECTORY.glob("*.yaml"))]
         code = [sha256_of_file(path) for path in package]
-        self._common = [code, images, weights, settings, experiment.config.model_dump(mode="json")]
+        config = experiment.config.model_dump(mode="json")
+        self._common = [code, images, weights, groups, settings, config]
 
     def fingerprint(self, task: Task) -> str:
         """SHA-256 over everything the executed notebook depends on."""

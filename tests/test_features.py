@@ -72,7 +72,7 @@ def test_a_bank_equals_a_plain_forward_pass(network, tmp_path):
     assert [len(shard) for shard in bank.shards()] == [8, 8, 5]
     assert bank.record["images"] == len(bank) == 21
     predicted = network.head(features).argmax(1).numpy()
-    assert accuracy(bank) == pytest.approx(100 * (predicted == images.labels).mean())
+    assert accuracy(bank, Head.of(network)) == pytest.approx(100 * (predicted == images.labels).mean())
 
 
 def test_images_pass_once_however_often_the_bank_is_opened(network, tmp_path):

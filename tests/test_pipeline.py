@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from ood_helpers.results import COLUMNS
 TIMES = ["score_seconds", "fit_seconds"]
 METHODS = [
     "MSP", "MaxLogit", "Energy", "GEN", "KL matching", "ODIN", "GradNorm", "Mahalanobis", "Mahalanobis (ensemble)",
-    "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe",
+    "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe", "MOS",
+    "MSP (flat)", "ODIN (flat)", "Energy (flat)", "Mahalanobis (ensemble, flat)", "KL matching (flat)",
     "ReAct (tuned)", "LINe (tuned)",
 ]  # fmt: skip
 SMALL = [
@@ -38,6 +40,9 @@ SMALL = [
     "metrics.bootstrap_resamples=50",
     "features.shard_size=64",
     "mahalanobis_ensemble.noise_grid=[0.0, 0.001]",
+    "mahalanobis_flat.noise_grid=[0.0]",
+    "networks.group.schedule=[10, 20, 30, 40, 50]",
+    "networks.flat.schedule=[10, 20, 30, 40, 50]",
     "tuning.images.count=100",
     "tuning.grids={react: {percentile: [70.0, 99.0]}, line: {delta: [0.5, null], weight_percentile: [10, 90]}}",
     *(f"ood.{name}.images.count=80" for name in ("letters", "chimeras", "photographs", "textures", "noise")),
@@ -158,7 +163,10 @@ def test_a_tuned_row_is_the_detector_with_the_chosen_values(finished):
     by_hand = run.detector("line").score_samples(run.bank("letters"))
     np.testing.assert_array_equal(run.scores("line_tuned")[1]["letters"], by_hand)
     defaults = table[~table.method.str.endswith("(tuned)")]
-    assert defaults[defaults.tuned_on != ""].method.unique().tolist() == ["Mahalanobis (ensemble)"]
+    assert defaults[defaults.tuned_on != ""].method.unique().tolist() == [
+        "Mahalanobis (ensemble)",
+        "Mahalanobis (ensemble, flat)",
+    ]
 
 
 def test_a_changed_grid_is_tuned_anew_and_nothing_else(finished):
@@ -390,7 +398,7 @@ def npz_experiment(folder):
         name: {"source": "npz", "path": "${data_root}/" + f"{name}.npz"}
         for name in ("train", "test", "letters", "noise")
     }
-    del config["tuning"], config["detectors"]["mahalanobis_ensemble"]
+    del config["tuning"], config["detectors"]["mahalanobis_ensemble"], config["detectors"]["mahalanobis_flat"]
     config |= {
         "name": "spoilt",
         "id": {"name": "digits", "num_classes": 10, "class_names": [str(i) for i in range(10)], "train": npz["train"], "test": npz["test"]},
@@ -438,12 +446,13 @@ def one_sentence(error) -> str:
 
 
 def test_the_npz_experiment_works_before_it_is_spoilt(spoilt):
-    assert len(spoilt[1]().collect_results()) == 19 * 2
+    assert len(spoilt[1]().collect_results()) == 24 * 2
 
 
 def test_with_a_checkpoint_a_seed_changes_nothing(spoilt, monkeypatch):
     """Neither scores nor intervals: resamples are of images, and averaged over seeds their noise must not shrink."""
-    run = spoilt[1]()
+    rows = ["msp", "odin", "knn", "kl_matching", "line"]
+    run = spoilt[1](overrides=[f"detectors={json.dumps({row: {} for row in rows})}", "networks={}"])
     one = run.collect_results([0])
     monkeypatch.setattr(Detector, "score_samples", lambda *_: pytest.fail("scored again"))
     both = run.collect_results([0, 1])
@@ -570,6 +579,9 @@ def test_a_shard_cut_in_half_stops_the_run_and_costs_only_itself(spoilt):
     table = open_experiment().collect_results()
     path = shard_path(open_experiment().bank("letters").directory, 0)
     path.write_bytes(path.read_bytes()[:1000])
+    pd.testing.assert_frame_equal(open_experiment().collect_results(), table)  # what was scored is not lost
+    for scores in path.parents[2].rglob("scores"):
+        shutil.rmtree(scores)
     with pytest.raises(InputError) as error:
         open_experiment().collect_results()
     assert path.name in one_sentence(error)

@@ -19,6 +19,7 @@ from ood_helpers.detectors.knn import KNN
 from ood_helpers.detectors.line import LINe
 from ood_helpers.detectors.mahalanobis import Mahalanobis, MahalanobisEnsemble
 from ood_helpers.detectors.max_logit import MaxLogit
+from ood_helpers.detectors.mos import MOS
 from ood_helpers.detectors.msp import MSP
 from ood_helpers.detectors.odin import ODIN
 from ood_helpers.detectors.pytorch_ood import PREFIX, PyTorchOOD
@@ -33,6 +34,7 @@ __all__ = [
     "DICE",
     "GEN",
     "KNN",
+    "MOS",
     "MSP",
     "ODIN",
     "DICEReAct",
@@ -73,6 +75,7 @@ DETECTORS: dict[str, type[Detector]] = {
     "scale": Scale,
     "himplos": HIMPLoS,
     "line": LINe,
+    "mos": MOS,
 }
 
 
@@ -98,8 +101,9 @@ def create(name: str, **hyperparameters: Any) -> Detector:
 def create_all(detectors: Mapping[str, Mapping[str, Any]]) -> dict[str, Detector]:
     """The detectors of an experiment: row name -> hyper-parameters, in order.
 
-    Two keys are no hyper-parameters: `detector`, the name in `DETECTORS` where it is not the row name, and
-    `label`, the name shown in tables and figures (default: the method's own). For example
+    Three keys are no hyper-parameters: `detector`, the name in `DETECTORS` where it is not the row name; `network`, the
+    one of the experiment's networks that is scored (default: the backbone, for MOS `group`); and `label`, the name shown
+    in tables and figures (default: the method's own and the network's where it is not the default). For example
     `{"him_only": {"detector": "himplos", "smoothing": False, "label": "HIM only"}}`.
 
     Raises
@@ -110,10 +114,17 @@ def create_all(detectors: Mapping[str, Mapping[str, Any]]) -> dict[str, Detector
     for row, settings in detectors.items():
         settings = dict(settings)
         name, label = settings.pop("detector", row), settings.pop("label", None)
+        network = settings.pop("network", None)
         try:
             detector = create(name, **settings)
         except InputError as error:
             raise InputError(f"detectors.{row}: {error}") from None
+        if network is not None and network != detector.network:
+            own, closing = detector.label.removesuffix(")"), detector.label.endswith(")")
+            detector.network, detector.label = (
+                network,
+                f"{own}, {network})" if closing else f"{own} ({network})",
+            )
         if label is not None:
             detector.label = str(label)
         for other, earlier in created.items():

@@ -28,14 +28,16 @@ class Detector:
     score uses it. Scores are float64, on the device of the bank that is scored: features and logits come to `_score`
     as float64, so that rounding ties no samples.
 
-    What a method needs beyond banks and heads it says by `needs_images`, `needs_validation` and `fit_set`.
+    What a method needs beyond banks and heads it says by `needs_images`, `needs_validation`, `fit_set` and
+    `group_softmax`. `network` names the network of an experiment whose banks it is given, empty for the backbone.
     """
 
     title: ClassVar[str] = "Detector"
     source: ClassVar[str] = ""
+    group_softmax: ClassVar[bool] = False  # whether the head has a softmax for each group of classes
 
     def __post_init__(self) -> None:
-        self.label, self.tuned_on = self.title, ""
+        self.label, self.tuned_on, self.network = self.title, "", ""
         self._check()
 
     @property
@@ -84,8 +86,14 @@ class Detector:
         Raises
         ------
         InputError : sizes of bank and head differ; labels are missing; a class without images; NaN or infinite
-            features; no validation bank where one is needed
+            features; no validation bank where one is needed; a head of another kind of softmax
         """
+        if (head.groups is not None) != self.group_softmax:
+            kinds = ["a flat softmax", "a group softmax"]
+            raise InputError(
+                f"{self.title}: found a head with {kinds[not self.group_softmax]}, expected {kinds[self.group_softmax]}; "
+                "set network to one that has it (networks in the config)."
+            )
         if self.needs_validation and validation_bank is None:
             raise InputError(
                 f"{self.title}: found no validation bank, expected labelled ID images outside the training and the test "
@@ -187,7 +195,7 @@ class Detector:
             raise InputError(f"{self.title}: {field} is {value!r}, expected True or False.")
 
     def _check_sizes(self, shard: FeatureBank, head: Head) -> None:
-        expected = (head.feature_dim, head.num_classes)
+        expected = (head.feature_dim, head.num_logits)
         found = (shard.features.shape[1], shard.logits.shape[1])
         if found != expected:
             raise InputError(

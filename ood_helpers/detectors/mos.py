@@ -1,0 +1,39 @@
+"""MOS: how unlikely "others" is in the group that fits best."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ood_helpers.detectors.base import Detector
+from ood_helpers.features import FeatureBank
+from ood_helpers.groups import Groups
+
+
+@dataclass
+class MOS(Detector):
+    """Score S = max_k g_k, with g_k = logsumexp of the class logits of group k, minus the logit of its "others".
+
+    The minimum others score of the paper, -min_k p(others in group k) = -1 / (1 + exp S) in [-1, 0], rises with S and
+    ranks alike, but in float32 it is exactly -1 for all images that are surely "others" in every group; S keeps them
+    apart.
+
+    The head is one with a group softmax, trained so that an image is "others" in every group but its own; see
+    `ood_helpers.training.fine_tuning`.
+    """
+
+    title: ClassVar[str] = "MOS"
+    source: ClassVar[str] = "Huang and Li, CVPR 2021, arXiv 2105.01879, section 3"
+    group_softmax: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.network = "group"
+
+    def _score(self, shard: FeatureBank) -> Tensor:
+        return mos_score(shard.logits, self.head_.groups)
+
+
+def mos_score(logits: Tensor, groups: Groups) -> Tensor:
+    """S = max_k g_k of logits [N, C + K] -> [N]; higher = more in-distribution."""
+    return groups.log_odds(logits).amax(dim=1)

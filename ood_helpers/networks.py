@@ -1,0 +1,293 @@
+"""The networks of an experiment, each with its head and the feature banks of the experiment's image sets.
+
+There is the backbone, and there are networks made from it by fine-tuning. One whose features are the backbone's shares
+its banks: only the logits are taken anew, by its own head.
+"""
+
+import copy
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+
+from ood_helpers.backbones import Classifier, build, load_checkpoint, weights_fingerprint
+from ood_helpers.config import FineTuningConfig, resolve_path
+from ood_helpers.data import image_batches
+from ood_helpers.data.imagenet import devkit_to_sorted
+from ood_helpers.errors import InputError
+from ood_helpers.features import (
+    Head,
+    ImageBank,
+    OtherHeadBank,
+    PixelNetwork,
+    StoredBank,
+    accuracy,
+    bank_key,
+    extract,
+    pass_batch_size,
+)
+from ood_helpers.files import locked, sha256_of_json
+from ood_helpers.groups import Groups, make_groups
+from ood_helpers.training import (
+    TRAINING_VERSION,
+    approximation,
+    fine_tune,
+    train_classifier,
+    train_head,
+    zero_head,
+)
+
+if TYPE_CHECKING:
+    from ood_helpers.pipeline import Experiment
+
+SHORT = 20  # hexadecimal digits of a fingerprint in a folder's name
+
+
+class ExperimentNetwork:
+    """A classifier in eval mode, its head, and a feature bank for every image set of the experiment.
+
+    A subclass gives `network` and, where it is trained here, `model_directory`.
+    """
+
+    groups: Groups | None = None
+    trained_here: bool
+
+    def __init__(self, experiment: "Experiment", title: str, setting: str) -> None:
+        self.experiment, self.title, self.setting = experiment, title, setting
+        self._banks: dict[str, StoredBank] = {}
+        self._keys: dict[str, str] = {}
+
+    @property
+    def network(self) -> Classifier:
+        raise NotImplementedError
+
+    @property
+    def model_directory(self) -> Path:
+        """Where a network trained here keeps weights.safetensors and history.csv."""
+        raise NotImplementedError
+
+    @cached_property
+    def head(self) -> Head:
+        return Head.of(self.network, self.groups)
+
+    @property
+    def training_history(self) -> pd.DataFrame | None:
+        """The learning curve; None for a network that was not trained here."""
+        if not self.trained_here:
+            return None
+        _ = self.network
+        return pd.read_csv(self.model_directory / "history.csv")
+
+    def bank(self, name: str) -> StoredBank | OtherHeadBank:
+        """The feature bank of an image set; the forward pass runs if it has not yet.
+
+        Raises
+        ------
+        InputError : see features.extract
+        """
+        if name not in self._banks:
+            self._banks[name] = extract(
+                self.network,
+                self.experiment.image_set(name),
+                self.experiment.transform,
+                self.bank_directory(name),
+                self.experiment.config.features,
+                self.experiment.device,
+            )
+        return self._banks[name]
+
+    def bank_directory(self, name: str) -> Path:
+        return self.experiment.run_dir / "banks" / self.key(name)
+
+    def key(self, name: str) -> str:
+        """What features and logits of an image set rest on, as the first digits of a SHA-256."""
+        if name not in self._keys:
+            self._keys[name] = self._key(name)
+        return self._keys[name]
+
+    def _key(self, name: str) -> str:
+        run = self.experiment
+        taps = run.config.features.taps
+        return bank_key(self.network, run.image_set(name), run.transform, taps, run.device)[:SHORT]
+
+    def image_bank(self, name: str) -> ImageBank:
+        """The bank of an image set with its images and the network, for methods that differentiate by the input."""
+        run = self.experiment
+        image_set, options = run.image_set(name), run.config.features
+        batch_size = pass_batch_size(options, run.device)
+
+        def batches(start: int, stop: int) -> Iterator[torch.Tensor]:
+            return image_batches(image_set, run.transform, start, stop, batch_size, options.workers)
+
+        network = PixelNetwork(self.network, run.transform, run.device)
+        return ImageBank(self.bank(name), network, batches, image_set.name)
+
+    @cached_property
+    def id_accuracy(self) -> float:
+        """Percent of ID test images classified correctly, held against the config's expectation.
+
+        Raises
+        ------
+        InputError : further than `tolerance` from `expected_accuracy`
+        """
+        found = accuracy(self.bank("test"), self.head)
+        expected, tolerance = self._expected_accuracy
+        if expected is not None and abs(found - expected) > tolerance:
+            raise InputError(
+                f"The ID accuracy of {self.title} is {found:.2f} %, expected {expected:.2f} ± {tolerance:.2f} %: "
+                "check the label order, the normalisation (transform.mean, transform.std) and the checkpoint, "
+                f"or correct {self.setting}.expected_accuracy."
+            )
+        return found
+
+    @property
+    def _expected_accuracy(self) -> tuple[float | None, float]:
+        raise NotImplementedError
+
+
+class Backbone(ExperimentNetwork):
+    """The network of the config: trained here (resumed if interrupted) or loaded from its checkpoint."""
+
+    def __init__(self, experiment: "Experiment") -> None:
+        super().__init__(experiment, experiment.config.name, "backbone")
+        self.config = experiment.config.backbone
+        self.trained_here = self.config.training is not None
+
+    @cached_property
+    def network(self) -> Classifier:
+        run = self.experiment
+        torch.manual_seed(run.seed)
+        network = build(self.config, run.config.id.num_classes)
+        if self.config.training is not None:
+            with locked(self.model_directory):
+                train_classifier(
+                    network,
+                    run.image_set("train"),
+                    run.image_set("validation") if run.config.id.validation else None,
+                    run.transform,
+                    self.config.training,
+                    seed=run.seed,
+                    device=run.device,
+                    directory=self.model_directory,
+                )
+        elif self.config.checkpoint is not None:
+            load_checkpoint(network, resolve_path(self.config.checkpoint))
+        return network.eval().to(run.device)
+
+    @property
+    def model_directory(self) -> Path:
+        run = self.experiment
+        sets = [run.image_set(name).fingerprint for name in run.id_names if name != "test"]
+        backbone = self.config.model_dump(exclude={"expected_accuracy", "tolerance"})
+        settings = [backbone, run.config.id.num_classes, sets, run.transform.fingerprint, run.seed]
+        key = sha256_of_json([*settings, run.device.type, TRAINING_VERSION])
+        return run.run_dir / "models" / key[:SHORT]
+
+    @property
+    def _expected_accuracy(self) -> tuple[float | None, float]:
+        return self.config.expected_accuracy, self.config.tolerance
+
+
+class FineTunedNetwork(ExperimentNetwork):
+    """A network made from the backbone with a new head, or the checkpoint of one that was made elsewhere.
+
+    Parameters
+    ----------
+    recipe : how; see config.FineTuningConfig
+    """
+
+    def __init__(self, experiment: "Experiment", recipe: FineTuningConfig, name: str) -> None:
+        super().__init__(experiment, f"the network {name} of {experiment.config.name}", f"networks.{name}")
+        self.recipe, self.trained_here = recipe, recipe.checkpoint is None
+
+    @cached_property
+    def groups(self) -> Groups | None:
+        """The groups of a group softmax; None for a flat one."""
+        run = self.experiment
+        if self.recipe.groups is None:
+            return None
+        return make_groups(
+            self.recipe.groups, run.class_names, run.config.id.num_classes, lambda: run.class_means()[0]
+        )
+
+    @property
+    def approximation(self) -> str:
+        """What makes its training another one than the recipe's; empty where nothing does."""
+        return approximation(self.recipe, len(self.experiment.image_set("train")))
+
+    @cached_property
+    def network(self) -> Classifier:
+        run = self.experiment
+        backbone, classes = run.network, run.config.id.num_classes
+        with torch.random.fork_rng(devices=[]):  # a new linear layer draws numbers before it is set to zero
+            head = zero_head(backbone.feature_dim, classes, self.groups)
+        network = copy.deepcopy(backbone)
+        network.head = head
+        if not self.trained_here:
+            load_checkpoint(network, resolve_path(self.recipe.checkpoint))
+            if self.recipe.class_numbering == "ilsvrc2012_devkit":
+                _reorder(network.head)
+        else:
+            self._train(network)
+        return network.eval().to(run.device)
+
+    def _train(self, network: Classifier) -> None:
+        run, recipe = self.experiment, self._training_recipe
+        options = {"seed": run.seed, "device": run.device, "directory": self.model_directory}
+        validation = "validation" if "validation" in run.id_names else None
+        with locked(self.model_directory):
+            if recipe.inputs == "features":
+                held_out = run.bank(validation) if validation else None
+                train_head(network.head, run.bank("train"), held_out, recipe, self.groups, **options)
+            else:
+                held_out = run.image_set(validation) if validation else None
+                train = run.image_set("train")
+                fine_tune(network, train, held_out, run.transform, recipe, self.groups, **options)
+
+    @property
+    def _training_recipe(self) -> FineTuningConfig:
+        """The recipe without what the weights do not depend on."""
+        return self.recipe.model_copy(update={"expected_accuracy": None, "tolerance": 0.0})
+
+    @property
+    def model_directory(self) -> Path:
+        run = self.experiment
+        sets = [run.image_set(name).fingerprint for name in run.id_names if name != "test"]
+        groups = None if self.groups is None else self.groups.members
+        settings = [weights_fingerprint(run.network), self._training_recipe.model_dump(), groups, sets]
+        key = sha256_of_json(
+            [*settings, run.transform.fingerprint, run.seed, run.device.type, TRAINING_VERSION]
+        )
+        return run.run_dir / "models" / key[:SHORT]
+
+    @cached_property
+    def shares_features(self) -> bool:
+        """Whether its features are the backbone's, bit for bit."""
+        if self.trained_here:
+            return self.recipe.depth == 0
+        ours, theirs = self.network.state_dict(), self.experiment.network.state_dict()
+        return all(torch.equal(ours[name], theirs[name]) for name in ours if not name.startswith("head."))
+
+    def bank(self, name: str) -> StoredBank | OtherHeadBank:
+        if self.shares_features:
+            return OtherHeadBank(self.experiment.bank(name), self.head)
+        return super().bank(name)
+
+    def _key(self, name: str) -> str:
+        groups = None if self.groups is None else self.groups.members
+        return sha256_of_json([super()._key(name), groups])[:SHORT]
+
+    @property
+    def _expected_accuracy(self) -> tuple[float | None, float]:
+        return self.recipe.expected_accuracy, self.recipe.tolerance
+
+
+def _reorder(head: torch.nn.Linear) -> None:
+    """Put the outputs of a flat ImageNet head from the order of the devkit into that of the sorted WordNet ids."""
+    with torch.no_grad():
+        place = torch.from_numpy(devkit_to_sorted())
+        for values in (head.weight, head.bias):
+            values[place] = values.clone()

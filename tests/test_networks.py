@@ -1,0 +1,237 @@
+"""Networks made from the backbone: what they share with it, what is trained once, checkpoints, the guard."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ood_helpers import networks as module
+from ood_helpers.config import FineTuningConfig, GroupsConfig
+from ood_helpers.errors import InputError, MissingDataError
+from ood_helpers.features import OtherHeadBank, StoredBank
+from ood_helpers.pipeline import Experiment
+
+SMALL = [
+    "backbone.training.epochs=4",
+    "backbone.depth=10",
+    "backbone.growth_rate=12",
+    "backbone.expected_accuracy=null",
+    "metrics.bootstrap_resamples=20",
+    "features.shard_size=256",
+    "tuning=null",
+    "networks.group.schedule=[10, 20, 30, 40, 50]",
+    "networks.flat.schedule=[10, 20, 30, 40, 50]",
+    "networks.group.learning_rate=0.3",
+    "networks.flat.learning_rate=0.3",
+    *(f"ood.{name}.images.count=60" for name in ("letters", "chimeras", "photographs", "textures", "noise")),
+]
+SHORT = FineTuningConfig(schedule=(1, 2, 3, 4, 5), batch_size=64)
+IMAGES = SHORT.model_copy(update={"inputs": "images", "depth": 1})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("networks")
+
+
+@pytest.fixture
+def run(folder):
+    """An experiment that finds what earlier ones left behind."""
+    return small(folder)
+
+
+def small(folder, *overrides, **options):
+    folders = {"run_dir": str(folder / "runs"), "figures_dir": str(folder / "figures")}
+    return Experiment.open("digits", **folders, overrides=[*SMALL, *overrides], device="cpu", **options)
+
+
+def test_a_head_trained_on_features_shares_the_banks(run):
+    network = run.fine_tuned("group")
+    bank = network.bank("letters")
+    assert isinstance(bank, OtherHeadBank) and bank.bank is run.bank("letters")
+    assert network.head.num_logits == 10 + network.groups.num_groups and network.head.num_classes == 10
+    own, base = bank.load(), run.bank("letters").load()
+    assert torch.equal(own.features, base.features) and own.taps.keys() == base.taps.keys()
+    torch.testing.assert_close(own.logits, base.features @ network.head.weight.T + network.head.bias)
+    pieces = torch.cat([shard.logits for shard in bank.shards()])
+    torch.testing.assert_close(pieces, own.logits)
+    for batch, shard in zip(network.image_bank("letters").shards(), bank.shards()):
+        pixels = torch.cat(list(batch.pixels()))
+        torch.testing.assert_close(batch.network.logits(pixels), shard.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_backbone_keeps_its_own_head(run):
+    head = run.head.weight.clone()
+    _ = run.fine_tuned("group").network, run.fine_tuned("flat").network
+    assert torch.equal(run.network.head.weight.cpu(), head)
+    assert run.bank("test").load().logits.shape[1] == run.fine_tuned("flat").head.num_logits == 10
+
+
+def test_accuracy_is_that_of_the_classes(run):
+    network = run.fine_tuned("group")
+    bank = network.bank("test").load()
+    right = []
+    for logits, label in zip(bank.logits.double(), bank.labels.tolist()):
+        best = {}
+        for members, (start, end) in zip(network.groups.members, network.groups.slices):
+            best |= dict(zip(members, logits[start:end].softmax(0)[1:].tolist()))
+        right.append(max(best, key=best.get) == label)
+    assert network.id_accuracy == pytest.approx(100 * np.mean(right))
+    assert network.id_accuracy > 80
+
+
+def test_rows_are_scored_on_their_network(run):
+    table = run.results(["mos", "msp", "msp_flat"]).drop_duplicates("method").set_index("method")
+    assert table.id_accuracy["MOS"] == pytest.approx(run.fine_tuned("group").id_accuracy)
+    assert table.id_accuracy["MSP (flat)"] == pytest.approx(run.fine_tuned("flat").id_accuracy)
+    assert table.id_accuracy["MSP"] == pytest.approx(run.id_accuracy)
+    scores = run.scores("msp_flat")[1]["noise"]
+    logits = run.fine_tuned("flat").bank("noise").load().logits.double()
+    np.testing.assert_allclose(scores, logits.softmax(1).amax(1), rtol=1e-9)
+
+
+def test_a_head_is_trained_once(run, monkeypatch):
+    _ = run.fine_tuned("group").network
+    monkeypatch.setattr(
+        "ood_helpers.training.loop._train_epoch", lambda *_, **__: pytest.fail("trained again")
+    )
+    again = small(run.run_dir.parent).fine_tuned("group")
+    assert torch.equal(again.head.weight, run.fine_tuned("group").head.weight)
+    assert len(again.training_history) == 17  # 50 steps, an evaluation after every third
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 0.01},
+        {"groups": GroupsConfig(strategy="random", number=3)},
+        {"groups": None},
+        {"batch_size": 32},
+    ],
+)
+def test_another_recipe_is_another_network(run, change):
+    recipe = run.networks["group"]
+    other = run.fine_tuned(recipe.model_copy(update=change))
+    assert other.model_directory != run.fine_tuned("group").model_directory
+    assert other.key("test") != run.fine_tuned("group").key("test")
+    expected = run.fine_tuned(recipe.model_copy(update={"expected_accuracy": 12.0}))
+    assert expected.model_directory == run.fine_tuned("group").model_directory
+
+
+def test_scores_of_a_seed_are_its_own(folder):
+    run, other = small(folder), small(folder, seed=1)
+    assert run.scores_directory("mos") != other.scores_directory("mos")
+    assert run.fine_tuned("group").model_directory != other.fine_tuned("group").model_directory
+
+
+def test_deeper_fine_tuning_has_banks_of_its_own(run):
+    network = run.fine_tuned(IMAGES)
+    assert not network.shares_features
+    bank = network.bank("letters")
+    assert isinstance(bank, StoredBank) and bank.directory != run.bank("letters").directory
+    assert not torch.allclose(bank.load().features, run.bank("letters").load().features)
+    weights, backbone = network.network.state_dict(), run.network.state_dict()
+    assert torch.equal(weights["conv1.weight"], backbone["conv1.weight"])
+    assert not torch.equal(weights["bn1.weight"], backbone["bn1.weight"])
+
+
+def checkpoint_of(run, network, path, **changes):
+    """The weights of a network in a file, as their authors publish them."""
+    state = {f"module.{name}": tensor.cpu() for name, tensor in network.network.state_dict().items()}
+    torch.save({"step": 50, "model": state | changes}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["group", "flat"])
+def test_a_checkpoint_in_place_of_training(run, folder, name):
+    made = run.fine_tuned(name)
+    path = checkpoint_of(run, made, folder / f"{name}.pth.tar")
+    loaded = small(
+        folder,
+        f"networks.{name}={{checkpoint: '{path}'}}"
+        if name == "flat"
+        else f"networks.group.checkpoint={path}",
+    )
+    network = loaded.fine_tuned(name)
+    assert network.shares_features and network.training_history is None and network.approximation == ""
+    assert torch.equal(network.head.weight, made.head.weight)
+    assert network.id_accuracy == made.id_accuracy
+
+
+def test_a_checkpoint_with_another_backbone_has_banks_of_its_own(run, folder):
+    weight = run.network.state_dict()["conv1.weight"].cpu() * 1.1
+    path = checkpoint_of(run, run.fine_tuned("flat"), folder / "other.pth", **{"module.conv1.weight": weight})
+    network = run.fine_tuned(FineTuningConfig(checkpoint=path))
+    assert not network.shares_features and isinstance(network.bank("noise"), StoredBank)
+
+
+def test_the_guard_catches_a_head_in_another_order(run, folder):
+    made = run.fine_tuned("flat")
+    shifted = made.head.weight.roll(1, dims=0)
+    path = checkpoint_of(run, made, folder / "shifted.pth", **{"module.head.weight": shifted})
+    wrong = small(
+        folder, f"networks.flat={{checkpoint: '{path}', expected_accuracy: {made.id_accuracy:.2f}}}"
+    )
+    with pytest.raises(
+        InputError, match=r"network flat of digits is .*expected .*label order.*networks.flat.expected"
+    ):
+        wrong.results(["energy_flat"])
+
+
+def test_a_missing_checkpoint_is_found_before_anything_runs(folder):
+    with pytest.raises(MissingDataError, match=r"No checkpoint .*nowhere\.pth"):
+        small(folder, "networks.flat={checkpoint: nowhere.pth}").check_images()
+
+
+def test_devkit_columns_come_into_the_order_of_labels():
+    head = torch.nn.Linear(2, 1000)
+    before = head.weight.detach().clone()
+    module._reorder(head)
+    order = module.devkit_to_sorted()
+    assert order[0] == 278 and order[448] == 0  # n02119789 is the devkit's first, n01440764 its 449th
+    assert torch.equal(head.weight[278], before[0]) and torch.equal(head.weight[0], before[448])
+    assert torch.equal(head.weight[torch.from_numpy(order)], before)
+
+
+def test_networks_without_any_in_the_config(folder):
+    run = small(folder, "networks={}", "detectors={msp: {}}", "depth_ablation=null")
+    assert run.fine_tuned("group").groups.names == ("cluster 1", "cluster 2", "cluster 3")
+    assert run.detector("mos").network == "group"
+    with pytest.raises(InputError, match="No network 'grup' in digits; did you mean 'group'"):
+        run.fine_tuned("grup")
+
+
+def test_comparison_of_networks(run):
+    table, means = run.compare_networks({"groups": run.networks["group"], "flat": run.networks["flat"]})
+    assert table.method.unique().tolist() == ["groups", "flat"]
+    assert table.groupby("method").ood_set.nunique().eq(5).all()
+    results = run.results(["mos", "msp_flat"]).set_index(["method", "ood_set"])
+    for line in table.itertuples():
+        row = results.loc[({"groups": "MOS", "flat": "MSP (flat)"}[line.method], line.ood_set)]
+        for column in ("fpr95", "fpr95_lo", "fpr95_hi", "auroc", "auroc_lo", "auroc_hi", "id_accuracy"):
+            assert getattr(line, column) == pytest.approx(row[column]), column
+    assert set(means.method) == {"groups", "flat"}
+
+
+def test_probability_of_others_by_set_and_group(run):
+    network = run.fine_tuned("group")
+    table = run.others_probability(network)
+    groups = network.groups
+    assert len(table) == (groups.num_groups + 5) * groups.num_groups
+    of_group = np.array([line.set.endswith(f": {line.group}") for line in table.itertuples()])
+    own = table[of_group]
+    other = table[(table.kind == "ID")].drop(own.index)
+    assert own["mean"].max() < 0.5 < other["mean"].min()
+    assert (table.q25 <= table.q75).all()
+    logits = network.bank("noise").load().logits.double()
+    start, end = groups.slices[0]
+    noise = table[(table.set == "noise") & (table.group == groups.names[0])]
+    assert noise["mean"].item() == pytest.approx(float(logits[:, start:end].softmax(1)[:, 0].mean()))
+
+
+def test_record_names_the_networks(run):
+    _ = run.bank("test"), run.fine_tuned("group").network
+    record = json.loads(json.dumps(run.record()))
+    assert record["networks"]["group"]["approximation"] == ""
+    assert len(record["networks"]["group"]["weights_sha256"]) == 64
