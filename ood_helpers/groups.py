@@ -277,12 +277,18 @@ def kmeans_groups(means: Tensor, number: int, seed: int) -> Groups:
 
     Raises
     ------
-    InputError : more clusters than different class means
+    InputError : more clusters than different class means, or a mean that is not finite, of a class without images
     """
     from sklearn.cluster import KMeans  # late: importing scikit-learn takes a second
 
     _check_number(number, len(means))
     points = means.detach().cpu().double().numpy()
+    empty = np.flatnonzero(~np.isfinite(points).all(axis=1)).tolist()
+    if empty:
+        raise InputError(
+            f"Class {empty[0]} has no mean training feature ({len(empty)} of {len(points)} have none), expected one of each "
+            "class; take training images of all classes, or groups by another strategy."
+        )
     distinct = len(np.unique(points, axis=0))
     if number > distinct:
         raise InputError(

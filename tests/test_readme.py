@@ -3,10 +3,12 @@
 import re
 
 import torch
+import yaml
 
-from ood_helpers.config import PROJECT_ROOT, load_config
+from ood_helpers.config import CONFIG_DIRECTORY, PROJECT_ROOT, load_config
 from ood_helpers.detectors import create_all
 from ood_helpers.features import FeatureBank, Head
+from ood_helpers.pipeline import Experiment
 
 README = (PROJECT_ROOT / "README.md").read_text()
 
@@ -33,3 +35,14 @@ def test_the_example_detector_scores_as_its_docstring_says():
 def test_the_notebooks_of_the_readme_exist():
     for name in re.findall(r"^\| `(\d\d_\w+)` \|", README, re.MULTILINE):
         assert (PROJECT_ROOT / "notebooks" / f"{name}.ipynb").exists()
+
+
+def test_networks_of_the_readme_are_valid(tmp_path):
+    section = yaml.safe_load(re.search(r"```yaml\n(networks:\n.*?)```", README, re.DOTALL)[1])
+    config = yaml.safe_load((CONFIG_DIRECTORY / "cifar10_npz.yaml").read_text()) | section
+    del config["tuning"]
+    (tmp_path / "readme.yaml").write_text(yaml.safe_dump(config))
+    run = Experiment.open(tmp_path / "readme.yaml")
+    assert set(run.networks) == set(section["networks"])
+    labels = [detector.label for detector in run.detectors.values()]
+    assert labels == ["MOS", "MOS (kmeans)", "MSP (flat)"]

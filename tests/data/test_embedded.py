@@ -109,9 +109,7 @@ def test_jigsaws_are_validation_digits_in_another_order():
     digits = {image.tobytes(): quarters(image) for image in embedded.digits("validation")[0][..., 0]}
     for image in embedded.jigsaw(50, 1)[..., 0]:
         assert quarters(image) in digits.values()
-    assert (
-        sum(image.tobytes() in digits for image in embedded.jigsaw(500, 1)[..., 0]) < 10
-    )  # equal quarters
+    assert sum(image.tobytes() in digits for image in embedded.jigsaw(500, 1)[..., 0]) < 10  # equal quarters
 
 
 def test_digits_as_image_set(cache):

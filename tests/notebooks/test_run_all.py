@@ -15,10 +15,19 @@ from ood_helpers.runner import notebook_names
 
 METHODS = {
     "MSP", "MaxLogit", "Energy", "GEN", "KL matching", "ODIN", "GradNorm", "Mahalanobis", "Mahalanobis (ensemble)",
-    "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe",
+    "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe", "MOS",
+    "MSP (flat)", "ODIN (flat)", "Energy (flat)", "Mahalanobis (ensemble, flat)", "KL matching (flat)",
 }  # fmt: skip
-TUNED = METHODS - {"MSP", "MaxLogit", "Energy", "KL matching", "ODIN", "GradNorm"}
-TUNED -= {"Mahalanobis", "Mahalanobis (ensemble)"}
+TUNED = {
+    "GEN", "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe",
+}  # fmt: skip
+FEW_STEPS = [
+    "networks.group.schedule=[5, 10, 15, 20, 25]",
+    "networks.flat.schedule=[5, 10, 15, 20, 25]",
+    "networks.group.learning_rate=0.1",
+    "networks.flat.learning_rate=0.1",
+    "depth_ablation.recipe.schedule=[1, 2, 3, 4, 5]",
+]
 
 
 def run_all(folder, *arguments):
@@ -46,7 +55,10 @@ def check_outputs(folder, name, sets, related):
     for method, found in by_method.apply(set).items():
         assert found == (sets - related if method.endswith("(tuned)") else sets), method
     assert results[tuned].tuned_on.notna().all()
-    assert results[~tuned & results.tuned_on.notna()].method.unique().tolist() == ["Mahalanobis (ensemble)"]
+    assert results[~tuned & results.tuned_on.notna()].method.unique().tolist() == [
+        "Mahalanobis (ensemble)",
+        "Mahalanobis (ensemble, flat)",
+    ]
     results = results[~tuned]
     manifest = json.loads((folder / "runs" / name / "manifest.json").read_text())
     assert set(manifest["notebooks"]) == set(notebook_names())
@@ -54,6 +66,7 @@ def check_outputs(folder, name, sets, related):
     figures = {path.name for path in (folder / "figures" / name).iterdir()}
     assert set(manifest["outputs"]) == figures - {"manifest.json"}
     stems = ["12_line_masks", "11_himplos_logits", "30_results", "03_precompute_projection"]
+    stems += ["13_mos_groups", "13_mos_others", "13_mos_grouping", "13_mos_depth", "13_mos_number_of_groups"]
     stems += ["20_ablations_sensitivity", "20_ablations_sample_size", "30_results_paired_differences"]
     for stem in [
         *stems,
@@ -65,6 +78,7 @@ def check_outputs(folder, name, sets, related):
         assert {f"{stem}.png", f"{stem}.svg"} <= figures
     for suffix in ("csv", "md", "tex"):
         assert {f"30_results_fpr95.{suffix}", f"30_results_tuned_auroc.{suffix}"} <= figures
+        assert f"13_mos_grouping_fpr95.{suffix}" in figures
     report = (folder / "runs" / name / "report.html").read_text()
     for link in re.findall(r'href="(notebooks/[^"]+)"', report):
         assert (folder / "runs" / name / link).exists()
@@ -81,6 +95,7 @@ def digits(tmp_path_factory):
         "backbone.depth=10",
         "backbone.expected_accuracy=null",
         "metrics.bootstrap_resamples=50",
+        *FEW_STEPS,
     ]
     arguments = ["--set", *settings, "--jobs", "2"]
     return folder, arguments, run_all(folder, *arguments)
@@ -150,14 +165,21 @@ def test_real_cifar10_run_from_images_to_the_report(shared, tmp_path):
         "id.train.subset.first=512",
         "id.test.subset.first=128",
     ]
-    settings += ["id.validation.subset.first=64", "mahalanobis_ensemble.noise=0.0005"]
+    settings += [
+        "id.validation.subset.first=64",
+        "mahalanobis_ensemble.noise=0.0005",
+        "mahalanobis_flat.noise=0.0",
+    ]
+    settings += [*FEW_STEPS, "depth_ablation.depths=[0, 1]"]
     settings += ["backbone.expected_accuracy=93.7500", "backbone.tolerance=0.01"]  # 120 of images 218 to 345
     status, output = run_all(
         tmp_path, "--config", "cifar10_npz", "--data-root", shared, "--jobs", "2", "--set", *settings
     )
     assert status == 0, output
     results = check_outputs(tmp_path, "cifar10_npz", sets, related={"Tiny-ImageNet"})
-    assert results.id_accuracy.unique().tolist() == pytest.approx([100 * 120 / 128], abs=1e-3)
+    heads = results.method.str.contains("flat") | (results.method == "MOS")
+    assert results[~heads].id_accuracy.unique().tolist() == pytest.approx([100 * 120 / 128], abs=1e-3)
+    assert results[heads].id_accuracy.between(90, 98).all() and results[heads].id_accuracy.nunique() <= 2
     assert results.n_id.eq(128).all() and results.n_ood.eq(48).all()
     means = results[results.group == "far"].groupby("method").auroc.mean()
     assert means.min() > 60  # every method has learnt something from the real features
