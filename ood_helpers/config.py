@@ -361,7 +361,13 @@ class FineTuningConfig(Model):
     def _options_with_an_effect(self) -> "FineTuningConfig":
         if self.class_numbering != "as_is" and (self.checkpoint is None or self.groups is not None):
             raise ValueError("class_numbering is for the flat head of a checkpoint; remove it")
-        if self.checkpoint is not None or self.inputs == "images":
+        if self.checkpoint is not None:
+            used = {"groups", "checkpoint", "class_numbering", "expected_accuracy", "tolerance"}
+            for name in sorted(self.model_fields_set - used):
+                raise ValueError(
+                    f"{name} has no effect on a checkpoint, which is used as it is; remove one of the two"
+                )
+        if self.inputs == "images":
             return self
         if self.depth != 0:
             raise ValueError(f"depth {self.depth} trains more than the head; set inputs: images")
@@ -377,13 +383,27 @@ class FineTuningConfig(Model):
         return self
 
 
-class DepthAblation(Model):
-    """MOS and MSP after fine-tuning to several depths, with groups as those of the network `group`."""
+class MOSAblations(Model):
+    """What 13_mos trains beside the networks: heads with other groups, and networks fine-tuned to several depths."""
 
-    depths: tuple[int, ...] = Field(
-        min_length=1, description="0 = the head, n = the last n blocks, too, -1 = everything"
+    numbers: tuple[PositiveInt, ...] = Field((), description="numbers of k-means and of random groups")
+    draws: PositiveInt = Field(3, description="of random groups")
+    depths: tuple[Annotated[int, Field(ge=-1)], ...] = Field(
+        (), description="0 = the head, n = the last n blocks, too, -1 = everything"
     )
-    recipe: FineTuningConfig = Field(description="what all depths have in common")
+    depth_recipe: FineTuningConfig = Field(
+        FineTuningConfig(inputs="images"),
+        description="of all depths, with a flat head and the groups of `mos`; each step passes through the network",
+    )
+
+    @model_validator(mode="after")
+    def _options_with_an_effect(self) -> "MOSAblations":
+        for name in ("groups", "depth", "checkpoint"):
+            if name in self.depth_recipe.model_fields_set:
+                raise ValueError(f"{name} has no effect in depth_recipe; remove it")
+        if self.depth_recipe.inputs != "images":
+            raise ValueError("depths beyond the head need images; set depth_recipe.inputs: images")
+        return self
 
 
 class FeaturesConfig(Model):
@@ -444,10 +464,11 @@ class ExperimentConfig(Model):
     features: FeaturesConfig = FeaturesConfig()
     networks: dict[str, FineTuningConfig] = Field(
         {},
-        description="networks made from the backbone; a row of detectors names the one it scores as `network`",
+        description="networks made from the backbone; a row of detectors names the one it scores as `network`. Where there "
+        "is no `group` or no `flat`, these are heads with k-means groups and with a flat softmax",
     )
-    depth_ablation: DepthAblation | None = Field(
-        None, description="for 13_mos, where training more than a head is affordable"
+    mos_ablations: MOSAblations | None = Field(
+        None, description="for 13_mos, where training some twenty heads is affordable"
     )
     detectors: dict[str, dict[str, Any]] = Field(
         description="row name -> hyper-parameters; see ood_helpers.detectors"
@@ -482,11 +503,9 @@ class ExperimentConfig(Model):
     @model_validator(mode="after")
     def _known_networks(self) -> "ExperimentConfig":
         for row, settings in self.detectors.items():
-            name = settings.get("network")
-            if name is not None and name not in self.networks:
-                raise ValueError(
-                    f"detectors.{row}.network names {name!r}; {nearest(str(name), self.networks)}"
-                )
+            name, known = settings.get("network"), {*self.networks, "group", "flat"}
+            if name is not None and name not in known:
+                raise ValueError(f"detectors.{row}.network names {name!r}; {nearest(str(name), known)}")
         return self
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ from ood_helpers.config import FeaturesConfig
 from ood_helpers.data import ImageSet, Transform, image_batches
 from ood_helpers.errors import InputError
 from ood_helpers.files import atomic_path, locked, sha256_of_json, write_json
-from ood_helpers.groups import Groups
+from ood_helpers.groups import Groups, classify
 from ood_helpers.progress import track
 
 EXTRACTION_VERSION = 1  # raise it when the numbers in a bank change for the same network and images
@@ -96,7 +96,7 @@ class Head:
 
     def classify(self, logits: Tensor) -> Tensor:
         """Predicted classes [N] of logits [N, L]: the largest, or by the rule of the group softmax."""
-        return logits.argmax(dim=1) if self.groups is None else self.groups.classify(logits)
+        return classify(logits, self.groups)
 
 
 @dataclass(frozen=True)

@@ -107,11 +107,6 @@ class Groups:
         return self._by_class([place for size in self.sizes for place in range(size)])
 
     @_index
-    def _group_of_column(self) -> Tensor:
-        """Group [C + K] of each column."""
-        return torch.arange(self.num_groups).repeat_interleave(torch.tensor(self.sizes) + 1)
-
-    @_index
     def _classes(self) -> Tensor:
         """Class [C] of each column that is not an "others"."""
         return torch.tensor([number for members in self.members for number in members])
@@ -131,21 +126,19 @@ class Groups:
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """Logarithm of the softmax over the columns of each group [N, C + K], of logits [N, C + K]."""
-        group = self._group_of_column
-        largest, log_sum = _log_sum_exp(logits, group, self.num_groups)
-        return logits - _take(largest, group) - _take(log_sum, group)
+        return torch.cat([logits[:, start:end].log_softmax(dim=1) for start, end in self.slices], dim=1)
 
     def log_odds(self, logits: Tensor) -> Tensor:
         """g_k = logsumexp(z_k without "others") - z_k of "others" [N, K], of logits [N, C + K].
 
         p_k("others") = 1 / (1 + exp(g_k)); g_k still differs where p_k is rounded to 0 or 1.
         """
-        largest, log_sum = _log_sum_exp(_take(logits, self.columns), self.group_of_class, self.num_groups)
-        return largest - _take(logits, self.others) + log_sum
-
-    def log_others(self, logits: Tensor) -> Tensor:
-        """log p_k("others") [N, K], of logits [N, C + K]."""
-        return F.logsigmoid(-self.log_odds(logits))
+        # The difference comes first, as a sum would be rounded to the precision of large logits.
+        odds = [
+            (logits[:, start + 1 : end] - logits[:, start : start + 1]).logsumexp(dim=1)
+            for start, end in self.slices
+        ]
+        return torch.stack(odds, dim=1)
 
     def others_probability(self, logits: Tensor) -> Tensor:
         """p_k("others") [N, K] in [0, 1], of logits [N, C + K]."""
@@ -157,28 +150,14 @@ class Groups:
         The probabilities of a group's classes sum up to 1 - p_k("others"); of equal ones the first column's is taken.
         In float64, as float32 makes equal what is near 1.
         """
-        in_order_of_columns = self.columns[self._classes]
-        best = _take(self.log_softmax(logits.double()), in_order_of_columns).argmax(dim=1)
-        return self._classes.to(logits.device)[best]
+        classes = self._classes.to(logits.device)
+        columns = self.columns.to(logits.device)[classes]
+        return classes[self.log_softmax(logits.double()).index_select(1, columns).argmax(dim=1)]
 
 
-def _log_sum_exp(z: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """m_k = largest of z over the columns of group k, and log sum exp(z - m_k) over them, both [N, K]; group [L] of each
-    column of z [N, L].
-
-    The two are apart as their sum would be rounded to the precision of large logits.
-    """
-    group = group.to(z.device)
-    empty = z.new_full((len(z), num_groups), -torch.inf)
-    # The shift cancels out, so that no gradient has to go through it.
-    largest = empty.scatter_reduce(1, group.expand_as(z), z.detach(), "amax")
-    total = torch.zeros_like(largest).index_add(1, group, torch.exp(z - _take(largest, group)))
-    return largest, total.log()
-
-
-def _take(table: Tensor, columns: Tensor) -> Tensor:
-    """table[:, columns]; index_select is several times faster."""
-    return table.index_select(1, columns.to(table.device))
+def classify(logits: Tensor, groups: Groups | None = None) -> Tensor:
+    """Predicted classes [N] of logits: the largest of [N, C], or by the rule of the group softmax of [N, C + K]."""
+    return logits.argmax(dim=1) if groups is None else groups.classify(logits)
 
 
 def make_groups(
@@ -203,20 +182,12 @@ def group_file_names() -> list[str]:
     return sorted(path.stem for path in GROUP_DIRECTORY.glob("*.yaml"))
 
 
-def read_groups(file: str | Path, class_names: Sequence[str] | None, num_classes: int) -> Groups:
-    """Read a group file: `source`, where the grouping comes from, and `groups`, {name: [class, ...]}.
-
-    Parameters
-    ----------
-    file : name of a file in configs/groups/ (without .yaml), or a path to a YAML file
-    class_names : of the classes 0, 1, ...; None if the file gives classes by number only
-    num_classes : C
-
-    The order of a group's classes is that of the head's columns.
+def group_path(file: str | Path) -> Path:
+    """The path of a group file: `file` is a name in configs/groups/ (without .yaml), or a path to a YAML file.
 
     Raises
     ------
-    InputError : no such file, not of this form, an unknown class, a class in no group or in two
+    InputError : there is none
     """
     path = Path(file).expanduser()
     if path.suffix not in (".yaml", ".yml"):
@@ -231,6 +202,25 @@ def read_groups(file: str | Path, class_names: Sequence[str] | None, num_classes
             raise InputError(
                 f"No group file {path}; give a path to a YAML file or a name: {', '.join(group_file_names())}."
             )
+    return path
+
+
+def read_groups(file: str | Path, class_names: Sequence[str] | None, num_classes: int) -> Groups:
+    """Read a group file: `source`, where the grouping comes from, and `groups`, {name: [class, ...]}.
+
+    Parameters
+    ----------
+    file : see group_path
+    class_names : of the classes 0, 1, ...; None if the file gives classes by number only
+    num_classes : C
+
+    The order of a group's classes is that of the head's columns.
+
+    Raises
+    ------
+    InputError : no such file, not of this form, an unknown class, a class in no group or in two
+    """
+    path = group_path(file)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -214,6 +214,12 @@ class FineTunedNetwork(ExperimentNetwork):
         )
 
     @property
+    def described(self) -> dict:
+        """How it was made, ready for JSON."""
+        recipe = self.recipe.model_dump(mode="json", exclude_none=True, exclude={"tolerance"})
+        return recipe | ({"approximation": self.approximation} if self.approximation else {})
+
+    @property
     def approximation(self) -> str:
         """What makes its training another one than the recipe's; empty where nothing does."""
         return approximation(self.recipe, len(self.experiment.image_set("train")))
@@ -240,8 +246,11 @@ class FineTunedNetwork(ExperimentNetwork):
         validation = "validation" if "validation" in run.id_names else None
         with locked(self.model_directory):
             if recipe.inputs == "features":
-                held_out = run.bank(validation) if validation else None
-                train_head(network.head, run.bank("train"), held_out, recipe, self.groups, **options)
+                held_out = (lambda: run.bank(validation)) if validation else None
+                images = len(run.image_set("train"))
+                train_head(
+                    network.head, lambda: run.bank("train"), held_out, images, recipe, self.groups, **options
+                )
             else:
                 held_out = run.image_set(validation) if validation else None
                 train = run.image_set("train")

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ood_helpers import features, metrics, plots, results
-from ood_helpers.backbones import Classifier, weights_fingerprint
+from ood_helpers import features, groups, metrics, networks, plots, results
+from ood_helpers.backbones import ARCHITECTURES, Classifier, weights_fingerprint
 from ood_helpers.config import (
     PROJECT_ROOT,
     ExperimentConfig,
@@ -79,6 +79,9 @@ class Experiment:
         self.run_dir, self.figures_root = Path(run_dir), Path(figures_dir)
         self.skip_missing, self.skip_unreadable = skip_missing, skip_unreadable
         self.detectors: dict[str, Detector] = create_all(config.detectors)
+        for row, detector in self.detectors.items():
+            self._check_softmax(row, detector)
+        self._check_depths()
         self._defaults: dict[str, Detector] = {}
         self._tuned: dict[str, Detector] = {}
         self._fit_seconds: dict[str, float] = {}
@@ -95,6 +98,28 @@ class Experiment:
         self._image_sets: dict[str, ImageSet] = {}
         self.backbone = Backbone(self)
         self._fine_tuned: dict[str, FineTunedNetwork] = {}
+
+    def _check_softmax(self, row: str, detector: Detector) -> None:
+        """A wrong kind of head is refused before anything long starts; `fit` would refuse it, too."""
+        grouped = bool(detector.network) and self.networks[detector.network].groups is not None
+        if grouped != detector.group_softmax:
+            kinds = ["a flat softmax", "a group softmax"]
+            raise InputError(
+                f"detectors.{row}: {detector.title} scores {kinds[detector.group_softmax]}, but the network "
+                f"{detector.network or 'of the backbone'} has {kinds[grouped]}; name another network."
+            )
+
+    def _check_depths(self) -> None:
+        """As for the softmax: a depth that the backbone does not have."""
+        architecture = self.config.backbone.architecture
+        blocks, ablations = len(ARCHITECTURES[architecture].blocks), self.config.mos_ablations
+        depths = {f"networks.{name}.depth": recipe.depth for name, recipe in self.config.networks.items()}
+        depths |= {"mos_ablations.depths": max(ablations.depths, default=0)} if ablations else {}
+        for key, depth in depths.items():
+            if depth > blocks:
+                raise InputError(
+                    f"{key} is {depth}, expected -1 to {blocks}, the number of blocks of {architecture}; lower it."
+                )
 
     @classmethod
     def open(
@@ -273,6 +298,9 @@ class Experiment:
                 "All OOD sets are missing, expected at least one:\n" + "\n".join(self.missing.values())
             )
         self._check_apart()
+        for name, recipe in self.config.networks.items():
+            if recipe.groups is not None and recipe.groups.strategy == "taxonomy":
+                _ = self.fine_tuned(name).groups
         self._checked = True
 
     def _check_apart(self) -> None:
@@ -385,7 +413,10 @@ class Experiment:
         InputError : no such network
         """
         if isinstance(network, FineTuningConfig):
-            return FineTunedNetwork(self, network, "of this recipe")
+            known = [name for name, recipe in self.networks.items() if recipe == network]
+            if not known:
+                return FineTunedNetwork(self, network, "made for a comparison")
+            network = known[0]
         if network not in self.networks:
             raise InputError(
                 f"No network {network!r} in {self.config.name}; {nearest(network, self.networks)}"
@@ -560,9 +591,12 @@ class Experiment:
         one line a network and OOD set, with the columns of results.csv that apply, `method` being the label; and the means
         over OOD sets, see results.mean_table
         """
+        _ = self.id_accuracy  # the guard
         lines, resamples = [], {metric: {} for metric in results.METRICS}
         for label, recipe in track(list(recipes.items()), description="networks", unit="network"):
             network = self.fine_tuned(recipe)
+            facts = {"id_accuracy": network.id_accuracy, "tuned_on": ""}
+            facts["hyperparameters"] = json.dumps({"network": network.described})
             detector = create("msp" if recipe.groups is None else "mos")
             test = network.bank("test")
             detector.fit(test, network.head)  # neither method learns from images
@@ -573,7 +607,7 @@ class Experiment:
                 lines.append(
                     {"experiment": self.config.name, "seed": self.seed, "method": label, "ood_set": name}
                     | {"group": group, "n_id": len(id_scores), "n_ood": len(ood_scores), **values}
-                    | {"id_accuracy": network.id_accuracy, "tuned_on": ""}
+                    | facts
                 )
             for metric, of_methods in resamples.items():
                 of_methods[label] = pd.DataFrame({name: draws[metric] for name, draws in of_sets.items()})
@@ -588,6 +622,7 @@ class Experiment:
         one line a set and group: set (the ID test images of each group are a set of their own), kind (ID or OOD), group,
         and mean, q25 and q75 (the quartiles) of p("others"), in [0, 1]
         """
+        _ = self.id_accuracy, network.id_accuracy  # the guard
         groups, sets = network.groups, {}
         test = network.bank("test").load()
         for number, name in enumerate(groups.names):
@@ -725,6 +760,8 @@ class Experiment:
             scores[name] = detector.score_samples(self._bank_for(detector, name)).cpu().numpy()
             seconds[name] = time.perf_counter() - begin
         settings, tuned_on = detector.hyperparameters(), detector.tuned_on
+        if detector.network:
+            settings["network"] = {"name": detector.network} | self.fine_tuned(detector.network).described
         if detector.learned:
             settings["learned"] = detector.learned
         if detector.fit_set != "train":
@@ -743,7 +780,8 @@ class Experiment:
         self._check_accuracy(row)
         parts = [self._score_fingerprint(row), self.config.name, self.ood_groups]
         parts += [self.config.metrics.model_dump(), [ood.name for ood in self.config.ood]]
-        fingerprint = sha256_of_json([*parts, _hash_of([metrics, results, sys.modules[__name__]])])
+        code = _hash_of([metrics, results, groups, networks, sys.modules[__name__]])
+        fingerprint = sha256_of_json([*parts, code])
         return self._kept(row, ".metrics", fingerprint, lambda: self._evaluate(row))
 
     def _evaluate(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
@@ -927,7 +965,7 @@ class Experiment:
         opened = {name: StoredBank.open(self.backbone.bank_directory(name)) for name in sets}
         banks = {name: {"key": bank.directory.name, **bank.record} for name, bank in opened.items() if bank}
         record |= {"weights_sha256": weights_fingerprint(self.network), "banks": banks}
-        if not opened["test"]:
+        if not (opened["test"] and opened["train"]):
             return record
         return record | {
             "id_accuracy": accuracy(opened["test"], self.head),
@@ -952,8 +990,8 @@ class Experiment:
 
 def _code_of(detector_class: type[Detector]) -> str:
     """SHA-256 over the code a score depends on, so that changed code is run again: the detector's module, those of
-    this package's detectors that it imports, and the reading of banks."""
-    package, found = "ood_helpers.detectors.", {}
+    this package's detectors and groups that it imports, and the reading of banks."""
+    package, found = ("ood_helpers.detectors.", "ood_helpers.groups"), {}
     waiting = [sys.modules[detector_class.__module__]]
     while waiting:
         module = waiting.pop()

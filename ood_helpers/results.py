@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -259,6 +260,10 @@ def describe_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = 
         f"ID accuracy {_accuracies(results)}, {results.n_id.iloc[0]:,} ID images, OOD images: {sizes}."
     )
     text += "".join(f" † {', '.join(methods)}: {choice}." for choice, methods in by_choice.items())
+    text += "".join(
+        f" Approximation for {', '.join(methods)}: {what}."
+        for what, methods in _approximations(results).items()
+    )
     missing = list(missing)
     return text + (f" Without {', '.join(missing)}: not found and skipped." if missing else "")
 
@@ -273,6 +278,16 @@ def _accuracies(results: pd.DataFrame) -> str:
         for value, methods in others.groupby(others, sort=False).groups.items()
     ]
     return common + (f" ({'; '.join(listed)})" if listed else "")
+
+
+def _approximations(results: pd.DataFrame) -> dict[str, list[str]]:
+    """What a network was trained by in place of its recipe -> the methods that score it."""
+    found: dict[str, list[str]] = {}
+    for row in results.drop_duplicates("method").dropna(subset="hyperparameters").itertuples():
+        what = json.loads(row.hyperparameters).get("network", {}).get("approximation")
+        if what:
+            found.setdefault(what, []).append(row.method)
+    return found
 
 
 def tuned_label(label: str) -> str:

@@ -24,7 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 from ood_helpers.config import PROJECT_ROOT, resolve_path
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.files import sha256_of_file, sha256_of_json, write_json, write_text
-from ood_helpers.groups import GROUP_DIRECTORY
+from ood_helpers.groups import group_path
 from ood_helpers.pipeline import Experiment
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
@@ -144,7 +144,9 @@ class Runner:
         images = {name: item.fingerprint for name, item in sorted(experiment._image_sets.items())}
         settings = {key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")}
         weights = [sha256_of_file(resolve_path(checkpoint)) for checkpoint in experiment.checkpoints]
-        groups = [sha256_of_file(path) for path in sorted(GROUP_DIRECTORY.glob("*.yaml"))]
+        recipes = [network.groups for network in experiment.config.networks.values()]
+        files = [group_path(recipe.file) for recipe in recipes if recipe is not None and recipe.file]
+        groups = [sha256_of_file(path) for path in files]
         code = [sha256_of_file(path) for path in package]
         config = experiment.config.model_dump(mode="json")
         self._common = [code, images, weights, groups, settings, config]

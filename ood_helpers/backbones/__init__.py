@@ -10,6 +10,7 @@ from ood_helpers.backbones.wide_resnet import WideResNet
 from ood_helpers.config import BackboneConfig
 
 __all__ = [
+    "ARCHITECTURES",
     "BiT",
     "CifarResNet18",
     "Classifier",
@@ -21,6 +22,16 @@ __all__ = [
     "load_checkpoint",
     "weights_fingerprint",
 ]
+
+
+ARCHITECTURES: dict[str, type[Classifier]] = {
+    "densenet_bc": DenseNet,
+    "wide_resnet": WideResNet,
+    "resnet18_cifar": CifarResNet18,
+    "resnet50": ResNet50,
+    "mobilenet_v2": MobileNetV2,
+    "bit": BiT,
+}
 
 
 def build(config: BackboneConfig, num_classes: int) -> Classifier:

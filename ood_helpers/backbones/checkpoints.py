@@ -51,8 +51,8 @@ def load_checkpoint(network: Classifier, path: str | Path) -> None:
             f"{len(names)} {kind}: {_abbreviate(names)}" for kind, names in problems.items() if names
         )
         raise InputError(
-            f"The checkpoint {path} does not fit {type(network).__name__} with {network.num_classes} classes "
-            f"({found}); check the architecture, its depth and width, and num_classes."
+            f"The checkpoint {path} does not fit {type(network).__name__} with {network.head.out_features} outputs "
+            f"({found}); check the architecture, its depth and width, num_classes and, for a group softmax, the groups."
         )
     network.load_state_dict(own | given)
 

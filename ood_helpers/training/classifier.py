@@ -15,7 +15,7 @@ from ood_helpers.backbones import Classifier
 from ood_helpers.config import TrainingConfig
 from ood_helpers.data import ImageSet, Transform
 from ood_helpers.errors import InputError
-from ood_helpers.groups import Groups
+from ood_helpers.groups import Groups, classify
 from ood_helpers.training import loop
 
 
@@ -123,11 +123,6 @@ def softmax_losses(logits: Tensor, labels: Tensor, groups: Groups | None = None)
         return F.cross_entropy(logits, labels, reduction="none")
     columns = groups.others.to(labels.device) + groups.targets(labels)
     return -groups.log_softmax(logits).gather(1, columns).sum(dim=1)
-
-
-def classify(logits: Tensor, groups: Groups | None = None) -> Tensor:
-    """Predicted classes [B] of logits [B, L]: the largest logit, or the rule of the group softmax."""
-    return logits.argmax(dim=1) if groups is None else groups.classify(logits)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

@@ -19,12 +19,11 @@ from ood_helpers.config import FineTuningConfig
 from ood_helpers.data import ImageSet, Transform
 from ood_helpers.errors import InputError
 from ood_helpers.features import Bank
-from ood_helpers.groups import Groups
+from ood_helpers.groups import Groups, classify
 from ood_helpers.training import loop
 from ood_helpers.training.classifier import (
     augment,
     check_labels,
-    classify,
     evaluate,
     evaluate_logits,
     load_images,
@@ -95,8 +94,9 @@ def mixup(
 
 def train_head(
     head: nn.Linear,
-    train: Bank,
-    validation: Bank | None,
+    train: Callable[[], Bank],
+    validation: Callable[[], Bank] | None,
+    images: int,
     config: FineTuningConfig,
     groups: Groups | None,
     *,
@@ -104,17 +104,25 @@ def train_head(
     device: str | torch.device,
     directory: Path,
 ) -> pd.DataFrame:
-    """Train a head on the features of a bank, all of which are held in memory; parameters and history as `fine_tune`."""
-    shards = list(train.shards())
-    features = torch.cat([shard.features for shard in shards]).to(device)
-    labels = torch.cat([shard.labels for shard in shards]).to(device)
+    """Train a head on the features of a bank; parameters and history as `fine_tune`.
+
+    `train` and `validation` give the banks and are not called when the training is finished; else all features of the
+    `images` training images are held in memory.
+    """
+
+    @functools.cache
+    def samples() -> tuple[Tensor, Tensor]:
+        shards = list(train().shards())
+        features = torch.cat([shard.features for shard in shards])
+        return features.to(device), torch.cat([shard.labels for shard in shards]).to(device)
 
     def load(rows: Tensor, _generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        features, labels = samples()
         rows = rows.to(device)
         return features[rows], labels[rows]
 
     def validate(head: nn.Module) -> dict[str, float]:
-        shards = validation.shards()
+        shards = validation().shards()
         return evaluate_logits(
             ((head(shard.features.to(device)), shard.labels.to(device)) for shard in shards), groups
         )
@@ -123,7 +131,7 @@ def train_head(
         head,
         load,
         None if validation is None else validate,
-        len(labels),
+        images,
         config,
         groups,
         seed=seed,

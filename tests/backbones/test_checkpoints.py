@@ -159,7 +159,7 @@ def test_mismatch_is_one_sentence_and_changes_nothing(network, source, tmp_path)
         f"1 of another shape: head.weight [9, {network.feature_dim}] instead of [4, {network.feature_dim}]"
         in message
     )
-    assert "DenseNet with 4 classes" in message
+    assert "DenseNet with 4 outputs" in message
     assert "\n" not in message
     assert weights_fingerprint(network) == before
 

@@ -26,7 +26,7 @@ FEW_STEPS = [
     "networks.flat.schedule=[5, 10, 15, 20, 25]",
     "networks.group.learning_rate=0.1",
     "networks.flat.learning_rate=0.1",
-    "depth_ablation.recipe.schedule=[1, 2, 3, 4, 5]",
+    "mos_ablations.depth_recipe.schedule=[1, 2, 3, 4, 5]",
 ]
 
 
@@ -170,7 +170,7 @@ def test_real_cifar10_run_from_images_to_the_report(shared, tmp_path):
         "mahalanobis_ensemble.noise=0.0005",
         "mahalanobis_flat.noise=0.0",
     ]
-    settings += [*FEW_STEPS, "depth_ablation.depths=[0, 1]"]
+    settings += [*FEW_STEPS, "mos_ablations.depths=[0, 1]"]
     settings += ["backbone.expected_accuracy=93.7500", "backbone.tolerance=0.01"]  # 120 of images 218 to 345
     status, output = run_all(
         tmp_path, "--config", "cifar10_npz", "--data-root", shared, "--jobs", "2", "--set", *settings

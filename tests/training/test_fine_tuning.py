@@ -143,10 +143,17 @@ def bank_of(network, pictures) -> FeatureBank:
 def test_head_on_features_is_the_head_on_images(tmp_path, groups):
     network, pictures, held_out = make_network(groups), Pictures(50, 0), Pictures(20, 1)
     head = copy.deepcopy(network.head)
-    banks = bank_of(network, pictures), bank_of(network, held_out)
+    banks = [lambda: bank_of(network, pictures), lambda: bank_of(network, held_out)]
     on_images = run(tmp_path / "images", network, pictures, held_out, groups=groups)
     on_features = train_head(
-        head, *banks, config(inputs="features"), groups, seed=1, device="cpu", directory=tmp_path / "features"
+        head,
+        *banks,
+        len(pictures),
+        config(inputs="features"),
+        groups,
+        seed=1,
+        device="cpu",
+        directory=tmp_path / "features",
     )
     torch.testing.assert_close(head.weight, network.head.weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(head.bias, network.head.bias, rtol=1e-4, atol=1e-5)
@@ -161,7 +168,7 @@ def test_step_is_that_of_plain_gradient_descent(tmp_path):
     network, pictures = make_network(), Pictures(10, 0)
     bank, head = bank_of(network, pictures), zero_head(network.feature_dim, 3, GROUPS)
     recipe = config(inputs="features", batch_size=6, momentum=0.0, schedule=(1, 2, 3, 4, 5))
-    train_head(head, bank, None, recipe, GROUPS, seed=7, device="cpu", directory=tmp_path)
+    train_head(head, lambda: bank, None, 10, recipe, GROUPS, seed=7, device="cpu", directory=tmp_path)
     plain = zero_head(network.feature_dim, 3, GROUPS)
     for step in range(5):
         order = np.random.default_rng((7, step // 2)).permutation(10)
@@ -178,6 +185,16 @@ def test_step_is_that_of_plain_gradient_descent(tmp_path):
             for parameter in plain.parameters():
                 parameter -= rate * parameter.grad
     torch.testing.assert_close(head.weight, plain.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_finished_head_asks_for_no_bank(tmp_path):
+    network, recipe = make_network(), config(inputs="features")
+    bank, options = bank_of(network, Pictures(20, 0)), {"seed": 1, "device": "cpu", "directory": tmp_path}
+    train_head(network.head, lambda: bank, lambda: bank, 20, recipe, GROUPS, **options)
+    again = zero_head(network.feature_dim, 3, GROUPS)
+    fail = lambda: pytest.fail("a bank was read")  # noqa: E731
+    train_head(again, fail, fail, 20, recipe, GROUPS, **options)
+    assert torch.equal(again.weight, network.head.weight) and again.weight.abs().max() > 0
 
 
 @pytest.mark.parametrize(("depth", "opened"), [(0, ()), (1, ("block3", "bn1", "trans2")), (-1, None)])

@@ -1,16 +1,20 @@
 """Networks made from the backbone: what they share with it, what is trained once, checkpoints, the guard."""
 
+import inspect
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from ood_helpers import groups
 from ood_helpers import networks as module
 from ood_helpers.config import FineTuningConfig, GroupsConfig
 from ood_helpers.errors import InputError, MissingDataError
 from ood_helpers.features import OtherHeadBank, StoredBank
 from ood_helpers.pipeline import Experiment
+from ood_helpers.results import markdown_table
 
 SMALL = [
     "backbone.training.epochs=4",
@@ -119,10 +123,18 @@ def test_another_recipe_is_another_network(run, change):
     assert expected.model_directory == run.fine_tuned("group").model_directory
 
 
-def test_scores_of_a_seed_are_its_own(folder):
-    run, other = small(folder), small(folder, seed=1)
-    assert run.scores_directory("mos") != other.scores_directory("mos")
-    assert run.fine_tuned("group").model_directory != other.fine_tuned("group").model_directory
+def test_a_head_depends_on_the_seed_where_the_backbone_does_not(run, folder):
+    path = folder / "backbone.pth"
+    torch.save(run.network.state_dict(), path)
+    overrides = ["backbone.training=null", f"backbone.checkpoint={path}"]
+    one, two = small(folder, *overrides), small(folder, *overrides, seed=1)
+    assert one.scores_directory("msp") == two.scores_directory("msp")
+    assert one.scores_directory("mos") != two.scores_directory("mos")
+    assert one.fine_tuned("group").model_directory != two.fine_tuned("group").model_directory
+    pd.testing.assert_frame_equal(
+        one.results(["msp"]).drop(columns="seed"), two.results(["msp"]).drop(columns="seed")
+    )
+    assert not np.array_equal(one.scores("mos")[0], two.scores("mos")[0])
 
 
 def test_deeper_fine_tuning_has_banks_of_its_own(run):
@@ -147,12 +159,8 @@ def checkpoint_of(run, network, path, **changes):
 def test_a_checkpoint_in_place_of_training(run, folder, name):
     made = run.fine_tuned(name)
     path = checkpoint_of(run, made, folder / f"{name}.pth.tar")
-    loaded = small(
-        folder,
-        f"networks.{name}={{checkpoint: '{path}'}}"
-        if name == "flat"
-        else f"networks.group.checkpoint={path}",
-    )
+    groups_too = "groups: {strategy: taxonomy, file: digits}, " if name == "group" else ""
+    loaded = small(folder, f"networks.{name}={{{groups_too}checkpoint: '{path}'}}")
     network = loaded.fine_tuned(name)
     assert network.shares_features and network.training_history is None and network.approximation == ""
     assert torch.equal(network.head.weight, made.head.weight)
@@ -179,6 +187,55 @@ def test_the_guard_catches_a_head_in_another_order(run, folder):
         wrong.results(["energy_flat"])
 
 
+def test_the_guard_of_the_backbone_stops_comparisons(folder):
+    wrong = small(folder, "backbone.expected_accuracy=20")
+    with pytest.raises(InputError, match="ID accuracy of digits"):
+        wrong.compare_networks({"flat": wrong.networks["flat"]})
+    with pytest.raises(InputError, match="ID accuracy of digits"):
+        wrong.others_probability(wrong.fine_tuned("group"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "networks.group={groups: {strategy: taxonomy, file: digit}}",
+            "No group file 'digit'.*did you mean 'digits'",
+        ),
+        (
+            "networks.group={groups: {strategy: taxonomy, file: cifar10}}",
+            "cifar10.yaml names the class 'bird'",
+        ),
+        ("networks.flat={depth: 4, inputs: images}", "networks.flat.depth is 4, expected -1 to 3"),
+        ("mos_ablations.depths=[0, 7]", "mos_ablations.depths is 7, expected -1 to 3"),
+        ("mos.network=flat", "detectors.mos: MOS scores a group softmax, but the network flat has a flat"),
+        ("msp.network=group", "detectors.msp: MSP scores a flat softmax, but the network group has a group"),
+        ("networks.group.groups=null", "detectors.mos: MOS scores a group softmax"),
+        ("msp_flat.network=flatt", "names 'flatt'; did you mean 'flat'"),
+        ("networks.flat={depth: 1}", "depth 1 trains more than the head; set inputs: images"),
+        ("networks.flat={flip: true}", "flip has no effect on features"),
+        (
+            "networks.flat={checkpoint: w.pth, learning_rate: 0.1}",
+            "learning_rate has no effect on a checkpoint",
+        ),
+        (
+            "networks.group.class_numbering=ilsvrc2012_devkit",
+            "class_numbering is for the flat head of a checkpoint",
+        ),
+        ("networks.flat.schedule=[1, 3, 2, 4, 5]", "do not rise"),
+        ("networks.group.groups.number=3", "number has no effect on groups by taxonomy"),
+        ("networks.group.groups={strategy: random}", "groups by random need a number"),
+        ("mos_ablations.depth_recipe={inputs: images, depth: 1}", "depth has no effect in depth_recipe"),
+        ("networks.flat.deptth=1", "unknown key 'deptth'; did you mean 'depth'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(folder, override, message, monkeypatch):
+    monkeypatch.setattr(module, "train_classifier", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(InputError, match=message) as error:
+        small(folder, override).check_images()
+    assert "\n" not in str(error.value)
+
+
 def test_a_missing_checkpoint_is_found_before_anything_runs(folder):
     with pytest.raises(MissingDataError, match=r"No checkpoint .*nowhere\.pth"):
         small(folder, "networks.flat={checkpoint: nowhere.pth}").check_images()
@@ -195,7 +252,7 @@ def test_devkit_columns_come_into_the_order_of_labels():
 
 
 def test_networks_without_any_in_the_config(folder):
-    run = small(folder, "networks={}", "detectors={msp: {}}", "depth_ablation=null")
+    run = small(folder, "networks={}", "detectors={msp: {}}", "mos_ablations=null")
     assert run.fine_tuned("group").groups.names == ("cluster 1", "cluster 2", "cluster 3")
     assert run.detector("mos").network == "group"
     with pytest.raises(InputError, match="No network 'grup' in digits; did you mean 'group'"):
@@ -217,16 +274,16 @@ def test_comparison_of_networks(run):
 def test_probability_of_others_by_set_and_group(run):
     network = run.fine_tuned("group")
     table = run.others_probability(network)
-    groups = network.groups
-    assert len(table) == (groups.num_groups + 5) * groups.num_groups
+    own_groups = network.groups
+    assert len(table) == (own_groups.num_groups + 5) * own_groups.num_groups
     of_group = np.array([line.set.endswith(f": {line.group}") for line in table.itertuples()])
     own = table[of_group]
     other = table[(table.kind == "ID")].drop(own.index)
     assert own["mean"].max() < 0.5 < other["mean"].min()
     assert (table.q25 <= table.q75).all()
     logits = network.bank("noise").load().logits.double()
-    start, end = groups.slices[0]
-    noise = table[(table.set == "noise") & (table.group == groups.names[0])]
+    start, end = own_groups.slices[0]
+    noise = table[(table.set == "noise") & (table.group == own_groups.names[0])]
     assert noise["mean"].item() == pytest.approx(float(logits[:, start:end].softmax(1)[:, 0].mean()))
 
 
@@ -235,3 +292,35 @@ def test_record_names_the_networks(run):
     record = json.loads(json.dumps(run.record()))
     assert record["networks"]["group"]["approximation"] == ""
     assert len(record["networks"]["group"]["weights_sha256"]) == 64
+
+
+def test_record_passes_and_trains_nothing(folder, monkeypatch, tmp_path):
+    run = small(tmp_path, "networks.group.groups={strategy: kmeans, number: 3}")
+    _ = run.bank("test")
+    monkeypatch.setattr(type(run.network), "feature_map", lambda *_: pytest.fail("a forward pass"))
+    assert "networks" not in small(tmp_path, "networks.group.groups={strategy: kmeans, number: 3}").record()
+
+
+def test_results_say_what_the_network_is(run):
+    settings = [
+        json.loads(text) for text in run.results(["mos", "msp_flat", "msp"]).hyperparameters.drop_duplicates()
+    ]
+    assert settings[0]["network"]["name"] == "group"
+    assert settings[0]["network"]["groups"] == {"strategy": "taxonomy", "file": "digits", "seed": 0}
+    assert settings[1]["network"]["name"] == "flat" and "groups" not in settings[1]["network"]
+    assert settings[2] == {}
+
+
+def test_tables_name_an_approximation(folder):
+    run = small(folder, "networks.group.mixup=0.2")
+    text = markdown_table(run.results(["mos", "msp"]), "fpr95")
+    assert "Approximation for MOS: mixup of features instead of images." in text
+    assert "Approximation" not in markdown_table(small(folder).results(["mos", "msp"]), "fpr95")
+
+
+def test_scores_rest_on_the_code_of_the_groups(run, monkeypatch):
+    source = inspect.getsource
+    before = {row: run._score_fingerprint(row) for row in ("mos", "msp_flat")}
+    monkeypatch.setattr("inspect.getsource", lambda what: source(what) + ("# new" if what is groups else ""))
+    after = {row: run._score_fingerprint(row) for row in before}
+    assert after["mos"] != before["mos"] and after["msp_flat"] == before["msp_flat"]
