@@ -549,6 +549,40 @@ def resolve_path(path: str | Path) -> Path:
     return path.resolve()
 
 
+def yaml_path(name: str | Path, directory: Path, kind: str) -> Path:
+    """The path of a YAML file: `name` is that of a file in one of the project's folders (without .yaml), or a path.
+
+    Raises
+    ------
+    InputError : there is none
+    """
+    path = Path(name).expanduser()
+    names = sorted(found.stem for found in directory.glob("*.yaml"))
+    if path.suffix not in (".yaml", ".yml"):
+        path = directory / f"{name}.yaml"
+        if not path.exists():
+            folder = directory.relative_to(PROJECT_ROOT).as_posix()
+            raise InputError(f"No {kind} {str(name)!r} in {folder}/; {nearest(str(name), names)}")
+        return path
+    path = resolve_path(path)
+    if not path.exists():
+        raise InputError(f"No {kind} {path}; give a path to a YAML file or a name: {', '.join(names)}.")
+    return path
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises
+    ------
+    InputError : it is not valid YAML
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def load_config(
     experiment: str | Path, data_root: str | Path | None = None, overrides: Iterable[str] = ()
 ) -> ExperimentConfig:
@@ -565,23 +599,8 @@ def load_config(
     ------
     InputError : unknown experiment, unreadable YAML, unknown key, invalid value
     """
-    path = Path(experiment).expanduser()
-    if path.suffix not in (".yaml", ".yml"):
-        path = CONFIG_DIRECTORY / f"{experiment}.yaml"
-        if not path.exists():
-            raise InputError(
-                f"No experiment {str(experiment)!r} in configs/; {nearest(str(experiment), config_names())}"
-            )
-    else:
-        path = resolve_path(path)
-        if not path.exists():
-            raise InputError(
-                f"No config file {path}; give a path to a YAML file or a name: {', '.join(config_names())}."
-            )
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    path = yaml_path(experiment, CONFIG_DIRECTORY, "experiment")
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise InputError(f"{path} holds {type(data).__name__}, expected a mapping of experiment settings.")
     for override in overrides:

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
-from ood_helpers.config import CONFIG_DIRECTORY, GroupsConfig, resolve_path
+from ood_helpers.config import CONFIG_DIRECTORY, GroupsConfig, read_yaml, yaml_path
 from ood_helpers.errors import InputError, nearest
 
 GROUP_DIRECTORY = CONFIG_DIRECTORY / "groups"
@@ -177,11 +176,6 @@ def make_groups(
     return random_groups(num_classes, config.number, config.seed)
 
 
-def group_file_names() -> list[str]:
-    """Names of the group files in configs/groups/."""
-    return sorted(path.stem for path in GROUP_DIRECTORY.glob("*.yaml"))
-
-
 def group_path(file: str | Path) -> Path:
     """The path of a group file: `file` is a name in configs/groups/ (without .yaml), or a path to a YAML file.
 
@@ -189,20 +183,7 @@ def group_path(file: str | Path) -> Path:
     ------
     InputError : there is none
     """
-    path = Path(file).expanduser()
-    if path.suffix not in (".yaml", ".yml"):
-        path = GROUP_DIRECTORY / f"{file}.yaml"
-        if not path.exists():
-            raise InputError(
-                f"No group file {str(file)!r} in configs/groups/; {nearest(str(file), group_file_names())}"
-            )
-    else:
-        path = resolve_path(path)
-        if not path.exists():
-            raise InputError(
-                f"No group file {path}; give a path to a YAML file or a name: {', '.join(group_file_names())}."
-            )
-    return path
+    return yaml_path(file, GROUP_DIRECTORY, "group file")
 
 
 def read_groups(file: str | Path, class_names: Sequence[str] | None, num_classes: int) -> Groups:
@@ -221,10 +202,7 @@ def read_groups(file: str | Path, class_names: Sequence[str] | None, num_classes
     InputError : no such file, not of this form, an unknown class, a class in no group or in two
     """
     path = group_path(file)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     listed = content.get("groups") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not all(isinstance(classes, list) for classes in listed.values()):
         raise InputError(
