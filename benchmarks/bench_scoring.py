@@ -37,6 +37,9 @@ def main() -> None:
     arguments = parser.parse_args()
     run = Experiment.open(arguments.config, arguments.data_root, device=arguments.device)
     images = sum(len(run.bank(name)) for name in run.bank_names)  # fills the banks if need be
+    for detector in run.detectors.values():  # and trains the heads
+        if detector.network:
+            _ = run.fine_tuned(detector.network).network
 
     sample = run.image_set("test").take(range(min(arguments.images, len(run.image_set("test")))))
     with tempfile.TemporaryDirectory() as folder:

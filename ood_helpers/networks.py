@@ -34,7 +34,9 @@ from ood_helpers.groups import Groups, make_groups
 from ood_helpers.training import (
     TRAINING_VERSION,
     approximation,
+    default_schedule,
     fine_tune,
+    mixup_alpha,
     train_classifier,
     train_head,
     zero_head,
@@ -215,9 +217,16 @@ class FineTunedNetwork(ExperimentNetwork):
 
     @property
     def described(self) -> dict:
-        """How it was made, ready for JSON."""
-        recipe = self.recipe.model_dump(mode="json", exclude_none=True, exclude={"tolerance"})
-        return recipe | ({"approximation": self.approximation} if self.approximation else {})
+        """How it was made, ready for JSON: the recipe with the schedule and the mixup that were in force."""
+        recipe, images = self.recipe, len(self.experiment.image_set("train"))
+        if not self.trained_here:
+            return recipe.model_dump(mode="json", include={"groups", "checkpoint", "class_numbering"})
+        steps = recipe.schedule or default_schedule(images)
+        recipe = recipe.model_copy(update={"schedule": steps, "mixup": mixup_alpha(recipe, images)})
+        described = recipe.model_dump(
+            mode="json", exclude_none=True, exclude={"tolerance", "class_numbering"}
+        )
+        return described | ({"approximation": self.approximation} if self.approximation else {})
 
     @property
     def approximation(self) -> str:

@@ -307,6 +307,7 @@ def test_results_say_what_the_network_is(run):
     ]
     assert settings[0]["network"]["name"] == "group"
     assert settings[0]["network"]["groups"] == {"strategy": "taxonomy", "file": "digits", "seed": 0}
+    assert settings[0]["network"]["schedule"] == [10, 20, 30, 40, 50] and settings[0]["network"]["mixup"] == 0
     assert settings[1]["network"]["name"] == "flat" and "groups" not in settings[1]["network"]
     assert settings[2] == {}
 

@@ -12,7 +12,14 @@ from ood_helpers.training.classifier import (
     steps_per_epoch,
     train_classifier,
 )
-from ood_helpers.training.fine_tuning import approximation, fine_tune, train_head, zero_head
+from ood_helpers.training.fine_tuning import (
+    approximation,
+    default_schedule,
+    fine_tune,
+    mixup_alpha,
+    train_head,
+    zero_head,
+)
 from ood_helpers.training.loop import TRAINING_VERSION, train
 
 __all__ = [
@@ -22,9 +29,11 @@ __all__ = [
     "augmented_batches",
     "check_labels",
     "cross_entropy",
+    "default_schedule",
     "evaluate",
     "fine_tune",
     "load_images",
+    "mixup_alpha",
     "percent_correct",
     "softmax_losses",
     "steps_per_epoch",
