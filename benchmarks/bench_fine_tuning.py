@@ -9,6 +9,7 @@ command.
 """
 
 import argparse
+import copy
 import platform
 import tempfile
 import time
@@ -20,6 +21,7 @@ import torch
 from ood_helpers.config import PROJECT_ROOT
 from ood_helpers.files import write_text
 from ood_helpers.pipeline import Experiment
+from ood_helpers.training import fine_tune, train_head, zero_head
 
 
 def main() -> None:
@@ -33,27 +35,30 @@ def main() -> None:
     arguments = parser.parse_args()
     run = Experiment.open(arguments.config, arguments.data_root, device=arguments.device)
     _ = run.bank("train")  # filled if need be
-    # no validation set, which would be passed as often for few steps as for many
-    options = {"overrides": ["tuning=null", "id.validation=null"], "device": arguments.device}
 
+    train, classes = run.image_set("train"), run.config.id.num_classes
     rows = []
-    for softmax, name in (("flat", "flat"), ("group", "group")):
-        seconds = {}
+    for name in ("flat", "group"):
+        groups, seconds = run.fine_tuned(name).groups, {}
+        recipe = run.networks[name].model_copy(update={"mixup": 0.0, "inputs": "images"})
         for inputs, steps in (("features", 20 * arguments.steps), ("images", arguments.steps)):
-            changes = {"inputs": inputs, "mixup": 0.0, "schedule": (1, 2, 3, 4, steps)}
-            recipe = run.networks[name].model_copy(update=changes)
-            with tempfile.TemporaryDirectory() as folder:
-                own = Experiment.open(arguments.config, arguments.data_root, **options)
-                own.backbone = run.backbone
-                own.run_dir = Path(folder)  # nothing is trained there yet; the banks stay open
-                network = own.fine_tuned(recipe)
-                _ = own.image_set("train"), network.groups
+            recipe = recipe.model_copy(update={"schedule": (1, 2, 3, 4, steps)})
+            network = copy.deepcopy(run.network)
+            network.head = zero_head(network.feature_dim, classes, groups)
+            with (
+                tempfile.TemporaryDirectory() as folder
+            ):  # no validation set: it would be passed 20 times in both
+                options = {"seed": 0, "device": run.device, "directory": Path(folder)}
                 begin = time.perf_counter()
-                _ = network.network
+                if inputs == "features":
+                    bank = run.bank("train")
+                    train_head(network.head, lambda: bank, None, len(train), recipe, groups, **options)  # noqa: B023
+                else:
+                    fine_tune(network, train, None, run.transform, recipe, groups, **options)
                 seconds[inputs] = (time.perf_counter() - begin) / steps
         rows.append(
             {
-                "softmax": softmax,
+                "softmax": name,
                 "batch_size": recipe.batch_size,
                 "seconds_per_step_features": seconds["features"],
                 "seconds_per_step_images": seconds["images"],

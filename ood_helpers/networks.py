@@ -35,6 +35,7 @@ from ood_helpers.training import (
     TRAINING_VERSION,
     approximation,
     default_schedule,
+    exact_on_features,
     fine_tune,
     mixup_alpha,
     train_classifier,
@@ -267,8 +268,11 @@ class FineTunedNetwork(ExperimentNetwork):
 
     @property
     def _training_recipe(self) -> FineTuningConfig:
-        """The recipe without what the weights do not depend on."""
-        return self.recipe.model_copy(update={"expected_accuracy": None, "tolerance": 0.0})
+        """The recipe without what the weights do not depend on; on features where that is the same."""
+        changes = {"expected_accuracy": None, "tolerance": 0.0}
+        if exact_on_features(self.recipe, len(self.experiment.image_set("train"))):
+            changes |= {"inputs": "features", "micro_batch_size": None}
+        return self.recipe.model_copy(update=changes)
 
     @property
     def model_directory(self) -> Path:

@@ -137,6 +137,12 @@ def test_a_head_depends_on_the_seed_where_the_backbone_does_not(run, folder):
     assert not np.array_equal(one.scores("mos")[0], two.scores("mos")[0])
 
 
+def test_head_alone_is_trained_on_features_where_that_is_the_same(run, monkeypatch):
+    monkeypatch.setattr(module, "fine_tune", lambda *_, **__: pytest.fail("trained on images"))
+    recipe = run.networks["group"].model_copy(update={"inputs": "images"})
+    assert torch.equal(run.fine_tuned(recipe).head.weight, run.fine_tuned("group").head.weight)
+
+
 def test_deeper_fine_tuning_has_banks_of_its_own(run):
     network = run.fine_tuned(IMAGES)
     assert not network.shares_features

@@ -15,6 +15,7 @@ from ood_helpers.training.classifier import (
 from ood_helpers.training.fine_tuning import (
     approximation,
     default_schedule,
+    exact_on_features,
     fine_tune,
     mixup_alpha,
     train_head,
@@ -31,6 +32,7 @@ __all__ = [
     "cross_entropy",
     "default_schedule",
     "evaluate",
+    "exact_on_features",
     "fine_tune",
     "load_images",
     "mixup_alpha",

@@ -50,10 +50,17 @@ def mixup_alpha(config: FineTuningConfig, images: int) -> float:
     return (0.1 if images >= MANY else 0.0) if config.mixup is None else config.mixup
 
 
+def exact_on_features(config: FineTuningConfig, images: int) -> bool:
+    """Whether a training on features gives the head that a training on images gives: only the head is trained, on
+    images that are always the same."""
+    changed = config.resize or config.crop_padding or config.flip or mixup_alpha(config, images)
+    return config.depth == 0 and not changed
+
+
 def approximation(config: FineTuningConfig, images: int) -> str:
     """What makes a training on features another one than on images; empty where nothing does."""
-    mixed = config.checkpoint is None and config.inputs == "features" and mixup_alpha(config, images) > 0
-    return "mixup of features instead of images" if mixed else ""
+    exact = config.checkpoint is not None or config.inputs == "images" or exact_on_features(config, images)
+    return "" if exact else "mixup of features instead of images"
 
 
 def learning_rate_at(step: int, base: float, schedule: tuple[int, ...]) -> float:

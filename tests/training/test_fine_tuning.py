@@ -14,7 +14,14 @@ from ood_helpers.data import Transform
 from ood_helpers.errors import InputError
 from ood_helpers.features import FeatureBank
 from ood_helpers.groups import Groups
-from ood_helpers.training import approximation, fine_tune, softmax_losses, train_head, zero_head
+from ood_helpers.training import (
+    approximation,
+    exact_on_features,
+    fine_tune,
+    softmax_losses,
+    train_head,
+    zero_head,
+)
 from ood_helpers.training import fine_tuning as module
 
 GROUPS = Groups(("first", "second"), ((0, 2), (1,)))
@@ -127,6 +134,9 @@ def test_when_mixup_is_on_and_when_an_approximation_is_named():
     assert "mixup" in approximation(FineTuningConfig(), 20_000)
     assert approximation(FineTuningConfig(mixup=0), 20_000) == ""
     assert approximation(FineTuningConfig(inputs="images"), 20_000) == ""
+    assert exact_on_features(FineTuningConfig(inputs="images"), 19_999)
+    for change in ({"depth": 1}, {"flip": True}, {"crop_padding": 1}, {"resize": (9, 9)}, {"mixup": 0.1}):
+        assert not exact_on_features(FineTuningConfig(inputs="images", **change), 19_999)
 
 
 # ---- training ----------------------------------------------------------------------------------------------
