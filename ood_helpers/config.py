@@ -481,6 +481,8 @@ class ExperimentConfig(Model):
     @classmethod
     def _empty_entry_means_defaults(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
+            if "networks" in data and data["networks"] is None:
+                data = {**data, "networks": {}}
             for name in {"detectors", "networks"} & data.keys():
                 if isinstance(data[name], Mapping):
                     data = {**data, name: {key: value or {} for key, value in data[name].items()}}
@@ -502,6 +504,12 @@ class ExperimentConfig(Model):
 
     @model_validator(mode="after")
     def _known_networks(self) -> "ExperimentConfig":
+        for name, recipe in self.networks.items():
+            number = None if recipe.groups is None else recipe.groups.number
+            if number is not None and number > self.id.num_classes:
+                raise ValueError(
+                    f"networks.{name}.groups.number is {number}, expected at most the {self.id.num_classes} classes"
+                )
         for row, settings in self.detectors.items():
             name, known = settings.get("network"), {*self.networks, "group", "flat"}
             if name is not None and name not in known:

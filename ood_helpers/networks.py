@@ -302,6 +302,22 @@ class FineTunedNetwork(ExperimentNetwork):
         groups = None if self.groups is None else self.groups.members
         return sha256_of_json([super()._key(name), groups])[:SHORT]
 
+    @cached_property
+    def id_accuracy(self) -> float:
+        """As for every network; without an expectation that of a checkpoint is held against half of the backbone's.
+
+        Raises
+        ------
+        InputError : too far from the expectation
+        """
+        found, backbone = super().id_accuracy, self.experiment.id_accuracy
+        if not self.trained_here and self.recipe.expected_accuracy is None and found < backbone / 2:
+            raise InputError(
+                f"The ID accuracy of {self.title} is {found:.2f} %, the backbone's {backbone:.2f} %: check that its groups "
+                f"and the order of its classes are those of the checkpoint, or set {self.setting}.expected_accuracy."
+            )
+        return found
+
     @property
     def _expected_accuracy(self) -> tuple[float | None, float]:
         return self.recipe.expected_accuracy, self.recipe.tolerance

@@ -19,4 +19,5 @@ def track(
         mininterval=0.5,
         dynamic_ncols=False,
         ncols=88,
+        leave=None,  # a bar inside another one goes when it is done
     )

@@ -193,6 +193,21 @@ def test_the_guard_catches_a_head_in_another_order(run, folder):
         wrong.results(["energy_flat"])
 
 
+def test_a_checkpoint_with_other_groups_is_noticed(run, folder):
+    path = checkpoint_of(run, run.fine_tuned("group"), folder / "group.pth")
+    (folder / "other.yaml").write_text(
+        'groups: {a: ["1", "3", "5", "7"], b: ["0", "2", "4"], c: ["6", "8", "9"]}'
+    )
+    groups_too = f"groups: {{strategy: taxonomy, file: {folder / 'other.yaml'}}}"
+    wrong = small(folder, f"networks.group={{{groups_too}, checkpoint: '{path}'}}")
+    with pytest.raises(InputError, match=r"network group of digits is .* the backbone's .* its groups"):
+        wrong.results(["mos"])
+
+
+def test_no_networks_may_be_said_as_null(folder):
+    assert small(folder, "networks=null", "detectors={msp: {}}").config.networks == {}
+
+
 def test_the_guard_of_the_backbone_stops_comparisons(folder):
     wrong = small(folder, "backbone.expected_accuracy=20")
     with pytest.raises(InputError, match="ID accuracy of digits"):
@@ -232,6 +247,10 @@ def test_the_guard_of_the_backbone_stops_comparisons(folder):
         ("networks.group.groups.number=3", "number has no effect on groups by taxonomy"),
         ("networks.group.groups={strategy: random}", "groups by random need a number"),
         ("mos_ablations.depth_recipe={inputs: images, depth: 1}", "depth has no effect in depth_recipe"),
+        (
+            "networks.group.groups={strategy: kmeans, number: 11}",
+            "networks.group.groups.number is 11, expected at most the 10 classes",
+        ),
         ("networks.flat.deptth=1", "unknown key 'deptth'; did you mean 'depth'"),
     ],
 )
