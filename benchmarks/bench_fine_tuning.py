@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from ood_helpers.config import PROJECT_ROOT
+from ood_helpers.features import pass_batch_size
 from ood_helpers.files import write_text
 from ood_helpers.pipeline import Experiment
 from ood_helpers.training import fine_tune, train_head, zero_head
@@ -41,7 +42,12 @@ def main() -> None:
     for name in ("flat", "group"):
         groups, seconds = run.fine_tuned(name).groups, {}
         recipe = run.networks[name].model_copy(update={"mixup": 0.0, "inputs": "images"})
-        for inputs, steps in (("features", 20 * arguments.steps), ("images", arguments.steps)):
+        fastest = {"micro_batch_size": pass_batch_size(run.config.features, run.device)}
+        for inputs, steps in (
+            ("warm-up", 5),
+            ("features", 20 * arguments.steps),
+            ("images", arguments.steps),
+        ):
             recipe = recipe.model_copy(update={"schedule": (1, 2, 3, 4, steps)})
             network = copy.deepcopy(run.network)
             network.head = zero_head(network.feature_dim, classes, groups)
@@ -50,10 +56,11 @@ def main() -> None:
             ):  # no validation set: it would be passed 20 times in both
                 options = {"seed": 0, "device": run.device, "directory": Path(folder)}
                 begin = time.perf_counter()
-                if inputs == "features":
+                if inputs != "images":
                     bank = run.bank("train")
                     train_head(network.head, lambda: bank, None, len(train), recipe, groups, **options)  # noqa: B023
                 else:
+                    recipe = recipe.model_copy(update=fastest)
                     fine_tune(network, train, None, run.transform, recipe, groups, **options)
                 seconds[inputs] = (time.perf_counter() - begin) / steps
         rows.append(
