@@ -134,9 +134,14 @@ class ExperimentNetwork:
 
         Raises
         ------
-        InputError : further than `tolerance` from `expected_accuracy`
+        InputError : further than `tolerance` from `expected_accuracy`; of a checkpoint without one, less than half of
+            the backbone's
         """
         found = accuracy(self.bank("test"), self.head)
+        self._check_accuracy(found)
+        return found
+
+    def _check_accuracy(self, found: float) -> None:
         expected, tolerance = self._expected_accuracy
         if expected is not None and abs(found - expected) > tolerance:
             raise InputError(
@@ -144,7 +149,6 @@ class ExperimentNetwork:
                 "check the label order, the normalisation (transform.mean, transform.std) and the checkpoint, "
                 f"or correct {self.setting}.expected_accuracy."
             )
-        return found
 
     @property
     def _expected_accuracy(self) -> tuple[float | None, float]:
@@ -218,10 +222,12 @@ class FineTunedNetwork(ExperimentNetwork):
 
     @property
     def described(self) -> dict:
-        """How it was made, ready for JSON: the recipe with the schedule and the mixup that were in force."""
+        """How it was made, ready for JSON: the recipe with the schedule and the mixup that were in force, or the name of
+        the checkpoint."""
         recipe, images = self.recipe, len(self.experiment.image_set("train"))
         if not self.trained_here:
-            return recipe.model_dump(mode="json", include={"groups", "checkpoint", "class_numbering"})
+            described = recipe.model_dump(mode="json", include={"groups", "class_numbering"})
+            return described | {"checkpoint": Path(recipe.checkpoint).name}
         steps = recipe.schedule or default_schedule(images)
         recipe = recipe.model_copy(update={"schedule": steps, "mixup": mixup_alpha(recipe, images)})
         described = recipe.model_dump(
@@ -302,21 +308,14 @@ class FineTunedNetwork(ExperimentNetwork):
         groups = None if self.groups is None else self.groups.members
         return sha256_of_json([super()._key(name), groups])[:SHORT]
 
-    @cached_property
-    def id_accuracy(self) -> float:
-        """As for every network; without an expectation that of a checkpoint is held against half of the backbone's.
-
-        Raises
-        ------
-        InputError : too far from the expectation
-        """
-        found, backbone = super().id_accuracy, self.experiment.id_accuracy
+    def _check_accuracy(self, found: float) -> None:
+        super()._check_accuracy(found)
+        backbone = self.experiment.id_accuracy
         if not self.trained_here and self.recipe.expected_accuracy is None and found < backbone / 2:
             raise InputError(
                 f"The ID accuracy of {self.title} is {found:.2f} %, the backbone's {backbone:.2f} %: check that its groups "
                 f"and the order of its classes are those of the checkpoint, or set {self.setting}.expected_accuracy."
             )
-        return found
 
     @property
     def _expected_accuracy(self) -> tuple[float | None, float]:

@@ -200,8 +200,9 @@ def test_a_checkpoint_with_other_groups_is_noticed(run, folder):
     )
     groups_too = f"groups: {{strategy: taxonomy, file: {folder / 'other.yaml'}}}"
     wrong = small(folder, f"networks.group={{{groups_too}, checkpoint: '{path}'}}")
-    with pytest.raises(InputError, match=r"network group of digits is .* the backbone's .* its groups"):
-        wrong.results(["mos"])
+    for _ in range(2):  # no second try gets past it
+        with pytest.raises(InputError, match=r"network group of digits is .* the backbone's .* its groups"):
+            wrong.results(["mos"])
 
 
 def test_no_networks_may_be_said_as_null(folder):
