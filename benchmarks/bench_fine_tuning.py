@@ -8,30 +8,22 @@ end in the same head. Prints the ratio and writes benchmarks/results/fine_tuning
 command.
 """
 
-import argparse
 import copy
-import platform
 import tempfile
 import time
 from pathlib import Path
 
 import pandas as pd
 import torch
+from recording import experiment_options, record
 
-from ood_helpers.config import PROJECT_ROOT
 from ood_helpers.features import pass_batch_size
-from ood_helpers.files import write_text
 from ood_helpers.pipeline import Experiment
 from ood_helpers.training import fine_tune, train_head, zero_head
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default="digits")
-    parser.add_argument("--data-root", default="")
-    parser.add_argument("--device", default="auto")
+    parser = experiment_options(__doc__)
     parser.add_argument("--steps", type=int, default=10, help="on images; 20 times as many on features")
     arguments = parser.parse_args()
     run = Experiment.open(arguments.config, arguments.data_root, device=arguments.device)
@@ -51,9 +43,8 @@ def main() -> None:
             recipe = recipe.model_copy(update={"schedule": (1, 2, 3, 4, steps)})
             network = copy.deepcopy(run.network)
             network.head = zero_head(network.feature_dim, classes, groups)
-            with (
-                tempfile.TemporaryDirectory() as folder
-            ):  # no validation set: it would be passed 20 times in both
+            with tempfile.TemporaryDirectory() as folder:
+                # No validation set: it would be passed 20 times for few steps as for many.
                 options = {"seed": 0, "device": run.device, "directory": Path(folder)}
                 begin = time.perf_counter()
                 if inputs != "images":
@@ -73,14 +64,9 @@ def main() -> None:
             }
         )
     table = pd.DataFrame(rows)
-    table["machine"] = (
-        f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {run.device}"
-    )
-    table["versions"] = f"python {platform.python_version()}, torch {torch.__version__}"
-    table["command"] = f"python benchmarks/bench_fine_tuning.py --config {arguments.config}"
-    print(table.iloc[:, :5].round(5).to_string(index=False))
-    path = PROJECT_ROOT / "benchmarks" / "results" / f"fine_tuning_{arguments.config}.csv"
-    write_text(path, table.to_csv(index=False, float_format="%.4g", lineterminator="\n"))
+    print(table.round(5).to_string(index=False))
+    command = f"bench_fine_tuning.py --config {arguments.config}"
+    record(table, f"fine_tuning_{arguments.config}", run.device, {"torch": torch.__version__}, command)
 
 
 if __name__ == "__main__":

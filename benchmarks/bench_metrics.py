@@ -9,7 +9,6 @@ beside the scores. Prints the table and writes benchmarks/results/metrics.csv wi
 """
 
 import argparse
-import platform
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -18,11 +17,10 @@ import numpy as np
 import pandas as pd
 import sklearn
 import torch
+from recording import record
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from ood_helpers import metrics
-from ood_helpers.config import PROJECT_ROOT
-from ood_helpers.files import write_text
 
 RESAMPLES = 1000
 
@@ -83,13 +81,9 @@ def main() -> None:
     arguments = parser.parse_args()
     table = pd.DataFrame([measure(size) for size in arguments.sizes])
     print(table.round(3).to_string(index=False))
-    table["machine"] = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, cpu"
-    table["versions"] = (
-        f"python {platform.python_version()}, numpy {np.__version__}, scikit-learn {sklearn.__version__}"
-    )
-    table["command"] = f"python benchmarks/bench_metrics.py --sizes {' '.join(map(str, arguments.sizes))}"
-    path = PROJECT_ROOT / "benchmarks" / "results" / "metrics.csv"
-    write_text(path, table.to_csv(index=False, float_format="%.4g", lineterminator="\n"))
+    versions = {"numpy": np.__version__, "scikit-learn": sklearn.__version__}
+    command = f"bench_metrics.py --sizes {' '.join(map(str, arguments.sizes))}"
+    record(table, "metrics", "cpu", versions, command)
 
 
 if __name__ == "__main__":

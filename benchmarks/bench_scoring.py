@@ -8,8 +8,6 @@ that pass the images again (ODIN, the Mahalanobis ensemble) are left out. Prints
 writes benchmarks/results/scoring_<config>.csv with machine, versions and command.
 """
 
-import argparse
-import platform
 import sys
 import tempfile
 import time
@@ -17,20 +15,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from recording import experiment_options, record
 
-from ood_helpers.config import PROJECT_ROOT
 from ood_helpers.features import extract
-from ood_helpers.files import write_text
 from ood_helpers.pipeline import Experiment
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default="digits")
-    parser.add_argument("--data-root", default="")
-    parser.add_argument("--device", default="auto")
+    parser = experiment_options(__doc__)
     parser.add_argument(
         "--images", type=int, default=512, help="images of the ID test set that are passed and timed"
     )
@@ -62,17 +54,12 @@ def main() -> None:
     table["share_of_forward_pass"] = table.seconds / forward
     table["forward_pass_seconds"] = forward
     table["images"] = images
-    table["machine"] = (
-        f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {run.device}"
-    )
-    table["versions"] = f"python {platform.python_version()}, torch {torch.__version__}"
-    table["command"] = f"python benchmarks/bench_scoring.py --config {arguments.config}"
     print(
         table[["method", "seconds", "share_of_forward_pass"]].round(4).to_string(index=False), file=sys.stdout
     )
     print(f"forward pass of {images:,} images: {forward:.1f} s, extrapolated from {len(sample)}")
-    path = PROJECT_ROOT / "benchmarks" / "results" / f"scoring_{arguments.config}.csv"
-    write_text(path, table.to_csv(index=False, float_format="%.4g", lineterminator="\n"))
+    command = f"bench_scoring.py --config {arguments.config}"
+    record(table, f"scoring_{arguments.config}", run.device, {"torch": torch.__version__}, command)
 
 
 if __name__ == "__main__":

@@ -316,8 +316,8 @@ class FineTuningConfig(Model):
     """A network made from the backbone with a new head, zero at the start, and the recipe of MOS: SGD with momentum,
     a linear warm-up and three drops of the learning rate to a tenth.
 
-    With `depth` 0 and `inputs: features` the head is trained on the features in the bank, which is exact without
-    mixup, crops and flips; mixup then mixes features instead of images, an approximation.
+    With `depth` 0 and no mixup, crops or flips the head is trained on the features in the bank, which is exact. With
+    mixup `inputs: features` mixes features instead of images, an approximation.
     """
 
     groups: GroupsConfig | None = Field(None, description="None = a flat softmax over all classes")

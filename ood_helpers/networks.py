@@ -72,6 +72,11 @@ class ExperimentNetwork:
         """Where a network trained here keeps weights.safetensors and history.csv."""
         raise NotImplementedError
 
+    @property
+    def ready(self) -> bool:
+        """Whether its weights are there without any training."""
+        return not self.trained_here or (self.model_directory / "weights.safetensors").exists()
+
     @cached_property
     def head(self) -> Head:
         return Head.of(self.network, self.groups)

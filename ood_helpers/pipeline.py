@@ -413,9 +413,10 @@ class Experiment:
         InputError : no such network
         """
         if isinstance(network, FineTuningConfig):
-            known = [name for name, recipe in self.networks.items() if recipe == network]
-            if not known:
-                return FineTunedNetwork(self, network, "made for a comparison")
+            known = [name for name, named in self.networks.items() if named == network]
+            if not known:  # what the config expects is of its own network
+                recipe = network.model_copy(update={"expected_accuracy": None})
+                return FineTunedNetwork(self, recipe, "made for a comparison")
             network = known[0]
         if network not in self.networks:
             raise InputError(
@@ -960,7 +961,7 @@ class Experiment:
             for name in sets
         }
         record = {"image_sets": described, "missing": self.missing}
-        if self.backbone.trained_here and not self._finished(self.backbone):
+        if not self.backbone.ready:
             return record
         opened = {name: StoredBank.open(self.backbone.bank_directory(name)) for name in sets}
         banks = {name: {"key": bank.directory.name, **bank.record} for name, bank in opened.items() if bank}
@@ -980,12 +981,8 @@ class Experiment:
                 "approximation": network.approximation,
             }
             for name, network in made.items()
-            if not network.trained_here or self._finished(network)
+            if network.ready
         }
-
-    @staticmethod
-    def _finished(network: ExperimentNetwork) -> bool:
-        return (network.model_directory / "weights.safetensors").exists()
 
 
 def _code_of(detector_class: type[Detector]) -> str:

@@ -262,6 +262,13 @@ def test_what_cannot_be_is_refused_before_anything_runs(folder, override, messag
     assert "\n" not in str(error.value)
 
 
+def test_what_the_config_expects_of_a_network_is_not_expected_of_others(run, folder):
+    expected = small(folder, f"networks.group.expected_accuracy={run.fine_tuned('group').id_accuracy:.3f}")
+    other = expected.networks["group"].model_copy(update={"batch_size": 32, "learning_rate": 1e-4})
+    found = expected.fine_tuned(other).id_accuracy
+    assert abs(found - expected.fine_tuned("group").id_accuracy) > 0.5  # beyond the tolerance
+
+
 def test_a_missing_checkpoint_is_found_before_anything_runs(folder):
     with pytest.raises(MissingDataError, match=r"No checkpoint .*nowhere\.pth"):
         small(folder, "networks.flat={checkpoint: nowhere.pth}").check_images()
