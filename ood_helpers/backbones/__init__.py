@@ -57,7 +57,7 @@ def build(config: BackboneConfig, num_classes: int) -> Classifier:
         case "mobilenet_v2":
             network = MobileNetV2(num_classes)
         case "bit":
-            network = BiT(num_classes, config.depth, config.width)
+            network = BiT(num_classes, config.depth, config.width, config.half_stride)
     if getattr(config, "weights", None) is not None:
         load_torchvision_weights(network, config.architecture, config.weights)
     return network

@@ -15,6 +15,7 @@ class Classifier(nn.Module):
     """
 
     head: nn.Linear
+    variant = ""  # what changes the outputs and is not in the weights
     # The modules of each block, from the input to the output: together all of the network but the head.
     blocks: ClassVar[tuple[tuple[str, ...], ...]]
 

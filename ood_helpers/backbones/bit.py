@@ -52,6 +52,8 @@ class BiT(Classifier):
     ----------
     depth : number of layers, 50, 101 or 152
     width : factor of all numbers of channels, 1 to 4 in the public checkpoints
+    half_stride : block4 keeps the resolution of block3, 1/16; the parameters are the same. DFB's public code has it as an
+        option, off by default
 
     Raises
     ------
@@ -65,7 +67,7 @@ class BiT(Classifier):
         ("block4", "norm"),
     )
 
-    def __init__(self, num_classes: int, depth: int = 101, width: float = 1):
+    def __init__(self, num_classes: int, depth: int = 101, width: float = 1, half_stride: bool = False):
         super().__init__()
         if depth not in UNITS:
             raise InputError(f"Found BiT depth {depth}, expected one of {', '.join(map(str, UNITS))}.")
@@ -83,6 +85,10 @@ class BiT(Classifier):
         )
         self.root = network.stem
         self.block1, self.block2, self.block3, self.block4 = network.stages
+        if half_stride:  # timm's output_stride would dilate the convolutions of the block, too
+            self.variant = "half_stride"
+            first = self.block4.blocks[0]
+            first.conv2.stride = first.downsample.conv.stride = (1, 1)
         self.norm = network.norm  # with the ReLU
         self.head = nn.Linear(network.num_features, num_classes)
         nn.init.zeros_(self.head.bias)

@@ -58,11 +58,12 @@ def load_checkpoint(network: Classifier, path: str | Path) -> None:
 
 
 def weights_fingerprint(network: nn.Module) -> str:
-    """SHA-256 hex digest over the names, dtypes, shapes and bytes of the state dict, in the order of the names.
+    """SHA-256 hex digest over the names, dtypes, shapes and bytes of the state dict, in the order of the names, and the
+    variant of a Classifier that has one.
 
     The same on every device and in every memory format.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(getattr(network, "variant", "").encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -95,7 +95,7 @@ def save_mos(path, weights):
     torch.save({"step": 20_000, "model": state, "optim": optim}, path)
 
 
-def plain(weights, units, images) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def plain(weights, units, images, last_stride=2) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits, and the outputs of root and blocks, of weights with Google's names."""
 
     def convolve(x, name, stride=1, padding=0):
@@ -114,7 +114,7 @@ def plain(weights, units, images) -> tuple[torch.Tensor, list[torch.Tensor]]:
     for block, count in enumerate(units, start=1):
         for unit in range(1, count + 1):
             prefix = f"resnet/block{block}/unit{unit:02d}"
-            stride = 2 if block > 1 and unit == 1 else 1
+            stride = (1, 2, 2, last_stride)[block - 1] if unit == 1 else 1
             activated = activate(x, f"{prefix}/a")
             shortcut = convolve(activated, f"{prefix}/a/proj/{CONV}", stride) if unit == 1 else x
             branch = activate(convolve(activated, f"{prefix}/a/{CONV}"), f"{prefix}/b")
@@ -199,6 +199,39 @@ def test_number_of_parameters_and_spatial_sizes_of_r101x1():
         x = module(x)
         shapes.append((x.shape[1], x.shape[2]))
     assert shapes == [(64, 120), (256, 120), (512, 60), (1024, 30), (2048, 15)]
+
+
+@pytest.mark.parametrize(("half_stride", "last"), [(False, 4), (True, 8)])
+def test_spatial_sizes_and_parameters_of_r50x1_for_cifar(half_stride, last):
+    with torch.device("meta"):
+        network = BiT(10, 50, half_stride=half_stride)
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    head = sizes["head.weight"] + sizes["head.bias"]
+    assert (sum(sizes.values()) - head, head) == (23_500_352, 20_490)
+    for classes, numbers in ((11, 22_539), (100, 204_900), (101, 206_949)):
+        head = nn.Linear(network.feature_dim, classes, device="meta")
+        assert sum(parameter.numel() for parameter in head.parameters()) == numbers
+    x, heights = torch.empty(1, 3, 128, 128, device="meta"), []
+    for module in (network.root, network.block1, network.block2, network.block3, network.block4):
+        x = module(x)
+        heights.append(x.shape[2])
+    assert heights == [32, 32, 16, 8, last]
+    ends = [network.feature_map(torch.empty(1, 3, side, side, device="meta")) for side in (64, 192, 256)]
+    assert [tuple(end.shape[2:]) for end in ends] == [(n * last // 4,) * 2 for n in (2, 6, 8)]
+
+
+def test_half_stride_leaves_out_one_step_and_dilates_nothing(tmp_path):
+    weights = google_weights()
+    save_npz(tmp_path / "bit.npz", weights)
+    network = BiT(CLASSES, DEPTH, WIDTH, half_stride=True).double().eval()
+    load_checkpoint(network, tmp_path / "bit.npz")
+    images = torch.rand(1, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    expected, outputs = plain(weights, UNITS[DEPTH], images, last_stride=1)
+    assert outputs[-1].shape[2:] == outputs[-2].shape[2:] == (4, 6)
+    torch.testing.assert_close(network(images), expected, rtol=1e-9, atol=1e-9)
+    usual = BiT(CLASSES, DEPTH, WIDTH).double()
+    usual.load_state_dict(network.state_dict())
+    assert weights_fingerprint(usual) != weights_fingerprint(network)  # else one would read the other's bank
 
 
 def test_settings_of_every_convolution_and_norm():
@@ -319,4 +352,5 @@ def test_impossible_depth_and_width():
     for wrong in ({"depth": 34}, {"width": 5}, {"width": 0}):
         with pytest.raises(ValidationError):
             config.validate_python({"architecture": "bit", "checkpoint": "x.npz", **wrong})
-    assert config.validate_python({"architecture": "bit", "checkpoint": "x.npz"}).depth == 101
+    default = config.validate_python({"architecture": "bit", "checkpoint": "x.npz"})
+    assert (default.depth, default.half_stride) == (101, False)
