@@ -1,4 +1,4 @@
-"""Training: the shared loop, the plain classifier, and fine-tuning with a flat or a group softmax."""
+"""Training: the shared loop, the plain classifier, fine-tuning with a flat or a group softmax, dense training."""
 
 from ood_helpers.training.classifier import (
     augment,
@@ -12,6 +12,17 @@ from ood_helpers.training.classifier import (
     steps_per_epoch,
     train_classifier,
 )
+from ood_helpers.training.dense import (
+    IGNORED,
+    confusion,
+    dense_logits,
+    dense_losses,
+    evaluate_dense,
+    on_map,
+    segmentation_metrics,
+    train_dense,
+    train_dense_head,
+)
 from ood_helpers.training.fine_tuning import (
     approximation,
     default_schedule,
@@ -24,23 +35,32 @@ from ood_helpers.training.fine_tuning import (
 from ood_helpers.training.loop import TRAINING_VERSION, train
 
 __all__ = [
+    "IGNORED",
     "TRAINING_VERSION",
     "approximation",
     "augment",
     "augmented_batches",
     "check_labels",
+    "confusion",
     "cross_entropy",
     "default_schedule",
+    "dense_logits",
+    "dense_losses",
     "evaluate",
+    "evaluate_dense",
     "exact_on_features",
     "fine_tune",
     "load_images",
     "mixup_alpha",
+    "on_map",
     "percent_correct",
+    "segmentation_metrics",
     "softmax_losses",
     "steps_per_epoch",
     "train",
     "train_classifier",
+    "train_dense",
+    "train_dense_head",
     "train_head",
     "zero_head",
 ]

@@ -6,8 +6,9 @@ Source: Huang and Li, "MOS", CVPR 2021, arXiv 2105.01879, section 3; the recipe 
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,10 @@ from ood_helpers.training.classifier import (
 MANY, VERY_MANY = 20_000, 500_000  # training images from which BiT's recipe takes more steps
 EVALUATIONS = 20  # validations and saved states of a fine-tuning
 
-Load = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
+Load = Callable[[Tensor, torch.Generator], tuple[Tensor, ...]]
+Logits = Callable[[nn.Module, Tensor], Tensor]
+Losses = Callable[[Tensor, Tensor], Tensor]
+Values = Callable[..., dict[str, Tensor]]
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
@@ -90,7 +94,7 @@ def mixup(
 
     Returns
     -------
-    mixed inputs [B, ...], labels [B], labels of the partners [B], lambda [B] (the same for all)
+    mixed inputs [B, ...], labels [B] or of each pixel [B, H, W], those of the partners, lambda [B] (the same for all)
     """
     beta = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     share = float(beta.beta(alpha, alpha))
@@ -134,7 +138,7 @@ def train_head(
             ((head(shard.features.to(device)), shard.labels.to(device)) for shard in shards), groups
         )
 
-    return _train(
+    return _train_softmax(
         head,
         load,
         None if validation is None else validate,
@@ -182,10 +186,8 @@ def fine_tune(
     """
     for image_set in (train, *([] if validation is None else [validation])):
         check_labels(image_set, network.head.out_features if groups is None else groups.num_classes)
-    network.requires_grad_(False)
-    for parameter in (*network.last_parameters(config.depth), *network.head.parameters()):
-        parameter.requires_grad_(True)
-    geometry, size = _training_geometry(transform, config)
+    freeze_but(network, config.depth)
+    geometry, size = training_geometry(transform, config)
 
     def load(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         images = load_images(train, geometry, rows)
@@ -196,7 +198,7 @@ def fine_tune(
         batch_size = config.micro_batch_size or config.batch_size
         return evaluate(network, validation, transform, batch_size, device, groups)
 
-    history = _train(
+    history = _train_softmax(
         network,
         load,
         None if validation is None else validate,
@@ -211,7 +213,14 @@ def fine_tune(
     return history
 
 
-def _training_geometry(
+def freeze_but(network: Classifier, depth: int) -> None:
+    """Freeze all of a network but its head and its last `depth` blocks."""
+    network.requires_grad_(False)
+    for parameter in (*network.last_parameters(depth), *network.head.parameters()):
+        parameter.requires_grad_(True)
+
+
+def training_geometry(
     transform: Transform, config: FineTuningConfig
 ) -> tuple[Transform, tuple[int, int] | None]:
     """The transform of training images before the random crop, and the size [height, width] of that crop."""
@@ -231,18 +240,59 @@ def _training_geometry(
     return transform.model_copy(update={"resize": config.resize, "crop": None}), size
 
 
-def _train(
+def _train_softmax(
     network: nn.Module,
     load: Load,
     validate: Evaluate | None,
     images: int,
     config: FineTuningConfig,
     groups: Groups | None,
+    **options: Any,
+) -> pd.DataFrame:
+    def accuracy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"accuracy": 100 * (classify(logits, groups) == labels).float().mean()}
+
+    return train_by_recipe(
+        network,
+        load,
+        nn.Module.__call__,
+        lambda logits, labels: softmax_losses(logits, labels, groups),
+        accuracy,
+        validate,
+        images,
+        config,
+        description=f"Fine-tuning a {'flat' if groups is None else 'group'} softmax",
+        **options,
+    )
+
+
+def train_by_recipe(
+    network: nn.Module,
+    load: Load,
+    logits_of: Logits,
+    losses_of: Losses,
+    values_of: Values,
+    validate: Evaluate | None,
+    images: int,
+    config: FineTuningConfig,
     *,
     seed: int,
     device: str | torch.device,
     directory: Path,
+    description: str,
+    settings: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
+    """The recipe's order of images, mixup, schedule and evaluations for any loss; see `ood_helpers.training.loop.train`.
+
+    Parameters
+    ----------
+    load : (rows, generator) -> inputs [B, ...], labels [B, ...] and further tensors [B, ...], all on `device`
+    logits_of : (network, inputs) -> logits [B, L, ...]
+    losses_of : (logits, labels) -> loss of each image [B]; with mixup called for the labels of both
+    values_of : (detached logits, labels, *further tensors) -> values to log, with mixup for the first image's
+    images : number of training images
+    settings : what the result depends on beside the recipe's own
+    """
     schedule, alpha = config.schedule or default_schedule(images), mixup_alpha(config, images)
     steps, batches = schedule[-1], math.ceil(images / config.batch_size)
     between = math.ceil(steps / EVALUATIONS)
@@ -256,18 +306,18 @@ def _train(
         for step in range((number - 1) * between, min(number * between, steps)):
             epoch, batch = divmod(step, batches)
             rows = order(epoch)[batch * config.batch_size : (batch + 1) * config.batch_size]
-            inputs, labels = load(rows, generator)
-            yield mixup(inputs, labels, alpha, generator) if alpha else (inputs, labels)
+            inputs, labels, *further = load(rows, generator)
+            mixed = mixup(inputs, labels, alpha, generator) if alpha else (inputs, labels)
+            yield *mixed, *further
 
     def loss_function(network: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs, labels, *mixed = batch
-        logits = network(inputs)
-        losses = softmax_losses(logits, labels, groups)
-        if mixed:
-            partners, share = mixed
-            losses = share * losses + (1 - share) * softmax_losses(logits, partners, groups)
-        correct = (classify(logits.detach(), groups) == labels).float()
-        return losses.mean(), {"accuracy": 100 * correct.mean()}
+        inputs, labels, *further = batch
+        logits = logits_of(network, inputs)
+        losses = losses_of(logits, labels)
+        if alpha:
+            partners, share, *further = further
+            losses = share * losses + (1 - share) * losses_of(logits, partners)
+        return losses.mean(), values_of(logits.detach(), labels, *further)
 
     return loop.train(
         network,
@@ -284,7 +334,7 @@ def _train(
         directory=directory,
         validate=validate,
         nesterov=False,
-        settings={"images": images, "mixup": alpha, "schedule": schedule},
-        description=f"Fine-tuning a {'flat' if groups is None else 'group'} softmax",
+        settings={"images": images, "mixup": alpha, "schedule": schedule, **(settings or {})},
+        description=description,
         unit="evaluation",
     )
