@@ -9,6 +9,7 @@ from typing import Any
 
 from ood_helpers.detectors.ash import ASH
 from ood_helpers.detectors.base import Detector
+from ood_helpers.detectors.dfb import DFB, DFBBackground
 from ood_helpers.detectors.dice import DICE, DICEReAct
 from ood_helpers.detectors.energy import Energy, energy_score
 from ood_helpers.detectors.gen import GEN
@@ -31,12 +32,14 @@ from ood_helpers.errors import InputError, nearest
 __all__ = [
     "ASH",
     "DETECTORS",
+    "DFB",
     "DICE",
     "GEN",
     "KNN",
     "MOS",
     "MSP",
     "ODIN",
+    "DFBBackground",
     "DICEReAct",
     "Detector",
     "Energy",
@@ -76,6 +79,8 @@ DETECTORS: dict[str, type[Detector]] = {
     "himplos": HIMPLoS,
     "line": LINe,
     "mos": MOS,
+    "dfb": DFB,
+    "dfb_background": DFBBackground,
 }
 
 
@@ -102,9 +107,9 @@ def create_all(detectors: Mapping[str, Mapping[str, Any]]) -> dict[str, Detector
     """The detectors of an experiment: row name -> hyper-parameters, in order.
 
     Three keys are no hyper-parameters: `detector`, the name in `DETECTORS` where it is not the row name; `network`, the
-    one of the experiment's networks that is scored (default: the backbone, for MOS `group`); and `label`, the name shown
-    in tables and figures (default: the method's own and the network's where it is not the default). For example
-    `{"him_only": {"detector": "himplos", "smoothing": False, "label": "HIM only"}}`.
+    one of the experiment's networks that is scored (default: the backbone, for MOS `group`, for DFB `dfb`); and `label`,
+    the name shown in tables and figures (default: the method's own and the network's where it is not the default). For
+    example `{"him_only": {"detector": "himplos", "smoothing": False, "label": "HIM only"}}`.
 
     Raises
     ------

@@ -37,8 +37,8 @@ def make(name, **hyperparameters):
 
 
 def on_banks(detector):
-    """Whether a bank and a flat head are all that it needs."""
-    return not (detector.needs_images or detector.needs_validation or detector.group_softmax)
+    """Whether a bank and a flat head are all that it needs: no images, no network beside the backbone."""
+    return not (detector.needs_images or detector.needs_validation or detector.network)
 
 
 ON_BANKS = [name for name in DETECTORS if on_banks(make(name))]
@@ -306,7 +306,7 @@ def test_hyperparameters_survive_json(name):
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(InputError, match="no detector 'himpls'; did you mean 'himplos'"):
         create("himpls")
-    with pytest.raises(InputError, match="valid names: ash, dice, dice_react, energy"):
+    with pytest.raises(InputError, match="valid names: ash, dfb, dfb_background, dice"):
         create("x")
     with pytest.raises(
         InputError, match="'line' has no hyper-parameter 'weight_percentil'; did you mean 'weight_percentile'"

@@ -96,7 +96,7 @@ class LargestArray(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "name",
-    [n for n, d in DETECTORS.items() if not (d().needs_images or d().needs_validation or d.group_softmax)],
+    [n for n, d in DETECTORS.items() if not (d().needs_images or d().needs_validation or d().network)],
 )
 def test_no_array_of_samples_by_classes_by_features(name):
     samples, classes, features, train_samples = 300, 30, 50, 150
