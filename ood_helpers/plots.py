@@ -19,6 +19,7 @@ from matplotlib import colormaps, rc_context, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize, PowerNorm, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -56,6 +57,13 @@ STYLE = {
 ID_COLOUR = "#0173B2"
 COLOURS = ["#DE8F05", "#029E73", "#CC78BC", "#D55E00", "#56B4E9", "#CA9161", "#949494", "#FBAFE4"]
 PUBLISHED_COLOUR = "#D55E00"
+PART_LOOKS = {
+    "host on the backbone": ("0.5", "o"),
+    "S_foreground": (ID_COLOUR, "s"),
+    "S_background": (COLOURS[0], "^"),
+    "S": ("black", "D"),
+}
+PICTURE_GAP = 0.06  # between images in a row, in image widths
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*"]
 
 
@@ -123,13 +131,9 @@ def sample_grid(
     """
     arrays = {name: _array(images) for name, images in sets.items()}
     for name, images in arrays.items():
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
-            raise InputError(
-                f"The images of {name} are {images.dtype} {list(images.shape)}, expected uint8 [n, H, W, 3] with n > 0; "
-                "pass raw images."
-            )
+        _check_images(name, images)
     columns = min(columns, max(map(len, arrays.values())))
-    gap = 0.06
+    gap = PICTURE_GAP
     cell = min(5.8 / columns / (1 + gap), 1.2)  # inches an image is wide; lengths below are in image widths
     title_height = {name: 0.17 / cell if image_titles and name in image_titles else 0 for name in arrays}
     steps = {
@@ -1372,6 +1376,413 @@ def fine_tuning_depth(table: pd.DataFrame, *, caption: str, title: str = "") -> 
     return figure
 
 
+@_figure
+def pseudo_masks(
+    images: Any,
+    maps: Any,
+    masks: Any,
+    *,
+    names: Sequence[str],
+    caption: str,
+    title: str = "",
+    predictions: Any = None,
+    class_names: Sequence[str] | None = None,
+) -> Figure:
+    """Images, their class activation maps (CAM) and the pseudo masks made of them: a column an image, the first ten.
+
+    images: uint8 [N, H, W, 3]; maps [N, H, W] in [0, 1]; masks: bool [N, H, W], True = foreground; names: the class of
+    each image. predictions: int [N, H, W], the classes 0 .. K-1 or K = background that a dense network gives each pixel;
+    they need `class_names`, K names that hold those of the images. The background of a mask is faded. Raises InputError
+    where shapes differ or a map leaves [0, 1].
+    """
+    images, maps, masks, names = _array(images), _array(maps), _array(masks), list(names)
+    _check_images("the pseudo masks", images)
+    _check_shape("The CAMs", maps.shape, images.shape[:3])
+    _check_unit("The CAMs", maps)
+    _check_shape("The pseudo masks", masks.shape, images.shape[:3])
+    _check_shape("The names", (len(names),), images.shape[:1])
+    masks = masks.astype(bool)
+    grey, heat = images.mean(axis=3, keepdims=True) / 255, colormaps["inferno"](maps)[..., :3]
+    rows = {
+        "image": images,
+        "CAM,\nmin-max\nnormalised": 0.35 * grey + 0.65 * heat,
+        "pseudo\nmask": np.where(masks[..., None], images / 255, 0.7 + 0.3 * images / 255),
+    }
+    kinds = {
+        "the image's class": ID_COLOUR,
+        "another class": PUBLISHED_COLOUR,
+        "background": "0.85",
+    }
+    if predictions is not None:
+        predictions, known = _array(predictions), list(class_names or [])
+        _check_shape("The predictions", predictions.shape, images.shape[:3])
+        for name in names:
+            if name not in known:
+                raise InputError(
+                    f"Found no {name!r} in class_names, expected the class of every image; {nearest(name, known)}"
+                )
+        own = np.array([known.index(name) for name in names])[:, None, None]
+        kind = np.select([predictions == own, predictions < len(known)], [0, 1], 2)
+        rows["dense\nprediction"] = np.array([to_rgb(colour) for colour in kinds.values()])[kind]
+
+    count, height = min(len(images), 10), images.shape[1] / images.shape[2]
+    cell = min(5.5 / count / (1 + PICTURE_GAP), 0.9)  # inches an image is wide
+    words = [_class_title(name) for name in names[:count]]
+    upright = _longest_line(" ".join(words).split()) > cell / 0.065
+    words = [_short(word, 16 if upright else int(cell / 0.065), 2) for word in words]
+    step, lines = height + PICTURE_GAP, 1 + max(word.count("\n") for word in words)
+    inches = cell * step * len(rows) + (0.065 * _longest_line(words) if upright else 0.14 * lines) + 0.15
+    width = max(cell * (1 + PICTURE_GAP) * count + 1.5, 4.6)
+    figure = _new_figure(inches + 0.25 * (predictions is not None), caption, title, width)
+    axes = _picture_axes(figure, count, -step * len(rows))
+    bottoms = [-step * (row + 1) + PICTURE_GAP / 2 for row in range(len(rows))]
+    for bottom, pictures in zip(bottoms, rows.values()):
+        _pictures(axes, pictures[:count], bottom, height)
+    for bottom, (column, mask) in itertools.product(bottoms[2:], enumerate(masks[:count])):
+        corner = [column * (1 + PICTURE_GAP), bottom + height]
+        segments = corner + _outline(mask) * [1, -1] / mask.shape[1]
+        axes.add_collection(LineCollection(segments, colors="black", linewidths=1.3, snap=False))
+    axes.set_yticks([bottom + height / 2 for bottom in bottoms], list(rows))
+    axes.set_xticks(np.arange(count) * (1 + PICTURE_GAP) + 0.5, words, rotation=90 * upright)
+    axes.tick_params(labeltop=True, labelbottom=False)
+    beside = axes.inset_axes(
+        [count * (1 + PICTURE_GAP), bottoms[1], 0.1 / cell, height], transform=axes.transData
+    )
+    figure.colorbar(ScalarMappable(Normalize(0, 1), "inferno"), cax=beside, ticks=[0, 0.5, 1])
+    if predictions is not None:
+        handles = [Patch(facecolor=colour, label=kind) for kind, colour in kinds.items()]
+        handles.append(Line2D([], [], color="black", label="outline: pseudo mask"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.2)
+    return figure
+
+
+@_figure
+def dense_overlays(
+    sets: Mapping[str, Any],
+    foreground: Mapping[str, Any],
+    *,
+    caption: str,
+    title: str = "",
+    groups: Mapping[str, str] | None = None,
+    labels: Mapping[str, Sequence[str]] | None = None,
+) -> Figure:
+    """The first images of each set, and under each one where a dense network sees foreground.
+
+    sets: name -> uint8 [n, H, W, 3], the ID set first; foreground: name -> [n, h, w] in [0, 1], the probability
+    1 - p(background) at each position of the image or of a coarser map; labels: name -> n texts to stand above the
+    images, such as the predicted class and the background logit. Ten images are drawn, fewer where words of the texts
+    are long. Raises InputError where a set has no map for each image or a map leaves [0, 1].
+    """
+    images = {name: _array(values) for name, values in sets.items()}
+    maps = {name: _array(foreground.get(name, np.empty((0, 0, 0)))) for name in sets}
+    for name in sets:
+        _check_images(name, images[name])
+        _check_shape(f"The maps of {name}", maps[name].shape[:1], images[name].shape[:1])
+        _check_unit(f"The maps of {name}", maps[name])
+    texts = {name: list(labels[name]) for name in sets if labels and name in labels}
+    longest = max((len(word) for row in texts.values() for text in row for word in text.split()), default=0)
+    letters = min(longest, 14)
+    room = 5.0 / (1 + PICTURE_GAP)  # inches for the images side by side
+    count = min(max(map(len, images.values())), 10, int(room / (0.065 * letters + 0.01)))
+    cell = min(room / count, max(0.55, 0.065 * letters))  # inches an image is wide
+    words = {
+        name: [_fill_lines(text, int(cell / 0.064)) for text in row[:count]] for name, row in texts.items()
+    }
+    middles, bottom = [], 0.0
+    for name in sets:
+        lines = max((1 + text.count("\n") for text in words.get(name, [])), default=0)
+        bottom -= images[name].shape[1] / images[name].shape[2] + (0.1 + 0.14 * lines) / cell
+        middles.append(bottom - PICTURE_GAP / 2)
+        bottom -= images[name].shape[1] / images[name].shape[2] + PICTURE_GAP
+    inches = -bottom * cell
+    figure = _new_figure(inches + 0.15, caption, title, max(cell * (1 + PICTURE_GAP) * count + 2.0, 4.6))
+    axes = _picture_axes(figure, count, bottom)
+    for name, middle in zip(sets, middles):
+        height = images[name].shape[1] / images[name].shape[2]
+        _pictures(axes, images[name][:count], middle + PICTURE_GAP / 2, height)
+        _pictures(axes, maps[name][:count], middle - PICTURE_GAP / 2 - height, height, vmin=0, vmax=1)
+        look = {"ha": "center", "va": "bottom", "fontsize": 8, "linespacing": 1.1}
+        for column, text in enumerate(words.get(name, [])):
+            axes.text(column * (1 + PICTURE_GAP) + 0.5, middle + height + PICTURE_GAP, text, **look)
+    axes.set_yticks(middles, [_set_title(name, groups, "\n", 12) for name in sets])
+    bar = figure.colorbar(axes.images[-1], ax=axes, ticks=[0, 0.5, 1], pad=0.02, shrink=min(1, 2.6 / inches))
+    bar.set_label("probability of foreground\n= 1 − p(background)")
+    return figure
+
+
+@_figure
+def foreground_share(
+    table: pd.DataFrame, class_names: Sequence[str], *, caption: str, title: str = ""
+) -> Figure:
+    """How much of the images is foreground in their pseudo masks: mean and quartiles of each class, largest first.
+
+    table: a row a class: class (its number), mean, q25 and q75 in percent of the pixels, images and empty (numbers of
+    images and of those without foreground). Of more than 40 classes the 15 at either end are drawn.
+    """
+    _require(table, ["class", "mean", "q25", "q75", "images", "empty"], "table of foreground shares")
+    if table["class"].max() >= len(class_names):
+        raise InputError(
+            f"Found class {table['class'].max()} and {len(class_names)} class names; pass the names of all classes."
+        )
+    ordered = table[table.images > 0].sort_values("mean", ascending=False, kind="stable")
+    if len(ordered) == 0:
+        return _message_figure("No class has an image with a pseudo mask.", caption, title)
+    rows = ordered.assign(row=np.arange(len(ordered)))
+    cut = len(ordered) > 40
+    if cut:  # a gap of two rows in the middle
+        rows = pd.concat([rows.head(15), rows.tail(15).assign(row=np.arange(17, 32))])
+    figure = _new_figure(0.165 * (rows.row.max() + 1) + 1.0, caption, title)
+    axes = figure.subplots()
+    names = [_short(_class_title(class_names[label]), 28) for label in rows["class"]]
+    _method_rows(axes, names, "foreground in a pseudo mask (% of the pixels)")
+    axes.set_yticks(rows.row, names)
+    axes.set_ylim(rows.row.max() + 0.5, -0.5)
+    axes.hlines(rows.row, rows.q25, rows.q75, color=ID_COLOUR, linewidth=1.5, clip_on=False)
+    axes.plot(rows["mean"], rows.row, "o", color=ID_COLOUR, markersize=4.5, clip_on=False)
+    mean = np.average(ordered["mean"], weights=ordered.images)
+    axes.axvline(mean, color="black", linestyle="--", linewidth=1, zorder=1)
+    axes.set_xlim(left=0)
+    if cut:
+        low, high = ordered["mean"].iloc[-16], ordered["mean"].iloc[15]
+        text = f"{len(ordered) - 30} more classes, means of {low:.0f} to {high:.0f} %"
+        axes.axhspan(14.5, 16.5, color="white", linewidth=0, zorder=1.5)
+        axes.text(0.02, 15.5, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+    if (rows["empty"] > 0).any():
+        for row, count in zip(rows.row, rows["empty"]):
+            _margin_text(axes, row, f"{count:,}")
+        _margin_text(axes, -1, "empty masks")
+    handles = [
+        _dot(ID_COLOUR, "o", "mean of the class"),
+        Line2D([], [], color=ID_COLOUR, label="quartiles"),
+        Line2D([], [], color="black", linestyle="--", linewidth=1, label=f"mean of all images: {mean:.1f} %"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+@_figure
+def dense_training(
+    history: pd.DataFrame, *, caption: str, title: str = "", plain: pd.DataFrame | None = None
+) -> Figure:
+    """Training of a dense network: its loss, its pixels, and its accuracy once it is an image-level classifier.
+
+    history: columns step, learning_rate, train_loss, train_pixel_accuracy, train_accuracy and, where there was a
+    validation set, validation_loss, validation_pixel_accuracy, validation_miou, validation_accuracy; plain: step,
+    train_accuracy and validation_accuracy of the plain classifier by the same budget. Accuracies and the mean
+    intersection over union (mIoU) in percent.
+    """
+    needed = ["step", "learning_rate", "train_loss", "train_pixel_accuracy", "train_accuracy"]
+    _require(history, needed, "training history of the dense network")
+    if plain is not None:
+        _require(plain, ["step", "train_accuracy"], "training history of the plain classifier")
+    figure = _new_figure(2.65, caption, title)
+    panels = {
+        "loss": "loss",
+        "pixel_accuracy": "accuracy, mIoU (%)" if _known(history, "validation_miou") else "accuracy (%)",
+        "accuracy": "accuracy (%)",
+    }
+    headings = ("loss over the pixels", "pixels, against the masks", "image-level classifier")
+    for axes, heading, (quantity, label) in zip(figure.subplots(1, 3), headings, panels.items()):
+        curves = [(history, quantity, ID_COLOUR)]
+        if quantity == "pixel_accuracy":
+            curves.append((history, "miou", COLOURS[1]))
+        elif quantity == "accuracy" and plain is not None:
+            curves.append((plain, quantity, COLOURS[0]))
+        for rows, column, colour in curves:
+            marker = "." if len(rows) <= 12 else None
+            for split, dashes in (("train", "-"), ("validation", "--")):
+                if _known(rows, f"{split}_{column}"):
+                    axes.plot(rows.step, rows[f"{split}_{column}"], dashes, color=colour, marker=marker)
+        if quantity == "loss":
+            axes.set_ylim(0, 1.06 * max(line.get_ydata().max() for line in axes.lines))
+        for step in _rate_drops(history):
+            axes.axvline(step, color="0.5", linestyle=":", linewidth=1, zorder=1)
+        axes.set(title=heading, xlabel="step", ylabel=label)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+        axes.grid(True)
+    handles = [Line2D([], [], color=ID_COLOUR, label="dense network")]
+    if _known(history, "validation_miou"):
+        handles.append(Line2D([], [], color=COLOURS[1], label="mIoU of it"))
+    if plain is not None:
+        handles.append(Line2D([], [], color=COLOURS[0], label="plain classifier"))
+    handles.append(Line2D([], [], color="0.3", label="training"))
+    if any(line.get_linestyle() == "--" for axes in figure.axes for line in axes.lines):
+        handles.append(Line2D([], [], color="0.3", linestyle="--", label="validation"))
+    if _rate_drops(history):
+        look = {"color": "0.5", "linestyle": ":", "linewidth": 1}
+        handles.append(Line2D([], [], **look, label="learning rate drops"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, columnspacing=1.2)
+    return figure
+
+
+@_figure
+def score_parts(
+    parts: Mapping[str, tuple[Any, Mapping[str, Any]]],
+    *,
+    caption: str,
+    title: str = "",
+    groups: Mapping[str, str] | None = None,
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
+) -> Figure:
+    """The parts of a joint score side by side: ID scores filled, a line an OOD set, and which part separates which set.
+
+    parts: name of the part, such as S_foreground -> (ID scores [n], {OOD set -> scores [m]}), every part with the same
+    sets; metrics: part -> {OOD set -> AUROC in percent}, a table under the panels, the best part of each set in bold.
+    Drawn are the central 99 % of every set.
+    """
+    sets = list(next(iter(parts.values()))[1])
+    for part, (_, ood_scores) in parts.items():
+        if list(ood_scores) != sets:
+            raise InputError(
+                f"Found OOD sets {list(ood_scores)} in {part}, expected {sets}; pass the same in every part."
+            )
+    names = [_set_title(name, groups) for name in sets]
+    dashes = ["--" if groups and groups.get(name) == "near" else "-" for name in sets]
+    rows = 0.19 * len(sets)
+    figure = _new_figure(2.85 + (rows + 0.35 if metrics else 0.17 * (len(sets) // 3)), caption, title)
+    ratios = [1.8, rows] if metrics else [1]
+    grid = figure.subplots(len(ratios), len(parts), squeeze=False, height_ratios=ratios)
+    if metrics:
+        best = {name: max(round(metrics[part][name], 1) for part in parts) for name in sets}
+    for column, (part, (id_scores, ood_scores)) in enumerate(parts.items()):
+        axes, id_scores = grid[0, column], _array(id_scores)
+        ood_scores = {name: _array(scores) for name, scores in ood_scores.items()}
+        bins = _bins([id_scores, *ood_scores.values()], 40)
+        _histogram(axes, id_scores, bins, ID_COLOUR)
+        for index, scores in enumerate(ood_scores.values()):
+            weights = np.full(len(scores), 100 / len(scores))
+            look = {"edgecolor": _colour(index), "linestyle": dashes[index], "linewidth": 1.3}
+            axes.hist(scores, bins, weights=weights, histtype="step", **look)
+        axes.set(title=part, xlabel="score\n(higher = more ID)")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        if metrics:
+            below = grid[1, column]
+            for row, name in enumerate(sets):
+                below.plot([0.12, 0.34], [row, row], dashes[row], color=_colour(row), linewidth=2)
+                value = round(metrics[part][name], 1)
+                weight = "bold" if value == best[name] else "normal"
+                below.text(0.6, row, f"{value:.1f}", ha="center", va="center", fontsize=8, fontweight=weight)
+            below.set(xlim=(0, 1), ylim=(len(sets) - 0.5, -0.5), xticks=[])
+            below.set_yticks(range(len(sets)), names if column == 0 else [""] * len(sets))
+            below.tick_params(length=0)
+            below.spines[:].set_visible(False)
+            below.set_title(_metric_label("auroc").replace(", ", ",\n"), fontsize=8)
+    grid[0, 0].set_ylabel("images per bin (%)")
+    handles = [Patch(facecolor=ID_COLOUR, alpha=0.5, label="in-distribution")]
+    if not metrics:
+        handles += [
+            Line2D([], [], color=_colour(index), linestyle=dashes[index], label=name)
+            for index, name in enumerate(names)
+        ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+@_figure
+def host_comparison(table: pd.DataFrame, metric: str = "auroc", *, caption: str, title: str = "") -> Figure:
+    """A metric of each host alone, of the parts of its joint score and of the whole: a panel an OOD set, a row a host.
+
+    table: columns host, score (such as "host on the backbone", "S_foreground", "S_background", "S" and "S, tuned"),
+    ood_set, group, and the metric with its 95 % interval, such as auroc, auroc_lo, auroc_hi, in percent. Hosts and
+    scores stand in the order of their first appearance; of several seeds the mean is drawn.
+    """
+    _check_metric(metric)
+    columns = [metric, f"{metric}_lo", f"{metric}_hi"]
+    _require(table, ["host", "score", "ood_set", "group", *columns], "table of hosts")
+    hosts, scores, sets = list(table.host.unique()), list(table.score.unique()), ordered_sets(table)
+    means = table.groupby(["ood_set", "score", "host"])[columns].mean()
+    height = (0.085 * len(scores) + 0.05) * len(hosts) + 0.45
+    figure, all_axes = _panels(len(sets), caption, title, panel_height=height, sharey=True)
+    looks = {score: _part_look(index, score) for index, score in enumerate(scores)}
+    for index, (axes, (name, group)) in enumerate(zip(all_axes, sets.items())):
+        lowest = index + _columns(len(sets)) >= len(sets)
+        _method_rows(axes, hosts, _metric_label(metric) if lowest else "")
+        for (row, host), (lane, score) in itertools.product(enumerate(hosts), enumerate(scores)):
+            if (name, score, host) in means.index:
+                value, low, high = means.loc[(name, score, host)]
+                y = row - 0.4 + 0.8 * (lane + 0.5) / len(scores)
+                bar = {"color": looks[score]["color"], "linewidth": 1.2, "solid_capstyle": "butt"}
+                axes.plot([low, high], [y, y], **bar, clip_on=False)
+                axes.plot(value, y, **looks[score], clip_on=False)
+        axes.set_title(f"{name} ({group})")
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        _end_at_best(axes, metric)
+        if metric == "auroc":
+            axes.set_xlim(axes.get_xlim())  # chance is marked where it is in view
+            axes.axvline(50, color="0.4", linestyle=":", linewidth=1, zorder=1)
+    handles = [_dot(look["color"], look["marker"], score, **look) for score, look in looks.items()]
+    handles.append(Line2D([], [], color="0.3", linewidth=1.2, label="95 % interval"))
+    if metric == "auroc" and any(axes.get_xlim()[0] < 50 for axes in all_axes):
+        handles.append(Line2D([], [], color="0.4", linestyle=":", linewidth=1, label="chance"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4 if len(all_axes) > 1 else 2)
+    return figure
+
+
+@_figure
+def background_weight(
+    table: pd.DataFrame,
+    chosen: Mapping[str, tuple[float, float]] | None = None,
+    *,
+    caption: str,
+    title: str = "",
+) -> Figure:
+    """AUROC of S = S_foreground + sigma h / T_bg against the signed weight sigma / T_bg of the background: a panel a host.
+
+    table: columns host, ood_set, group, sigma (+1 or -1), temperature (T_bg > 0, inf = the foreground alone) and auroc in
+    percent; chosen: host -> (sigma, temperature), marked as is the default (+1, 1). The axis is logarithmic on both
+    sides of 0 and linear between the smallest weights.
+    """
+    _require(table, ["host", "ood_set", "group", "sigma", "temperature", "auroc"], "table of temperatures")
+    if not (table.temperature > 0).all():
+        raise InputError(
+            f"Found temperature {table.temperature.min():g}, expected all above 0; use inf for the foreground alone."
+        )
+    table = table.assign(weight=table.sigma / table.temperature)
+    hosts, sets = list(table.host.unique()), ordered_sets(table)
+    sizes = np.abs([*table.weight[table.weight != 0], 1.0])
+    decades = np.arange(np.ceil(np.log10(sizes.min())), np.floor(np.log10(sizes.max())) + 1)
+    step = -(-len(decades) // 3)  # up to three labels on either side
+    labelled = 10.0 ** decades[decades % step == 0]
+    ticks = np.concatenate([-labelled[::-1], [0], labelled])
+    figure, all_axes = _panels(len(hosts), caption, title, panel_height=2.0, sharex=True, sharey=True)
+    for axes, host in zip(all_axes, hosts):
+        curves = table[table.host == host].pivot_table(index="weight", columns="ood_set", values="auroc")
+        for index, (name, group) in enumerate(sets.items()):
+            if name in curves:
+                known = curves[name].dropna()
+                look = _set_marker(index, group) | {"linewidth": 1.1, "markersize": 3}
+                axes.plot(known.index, known, **look)
+        if len(sets) > 1:
+            axes.plot(curves.index, curves.mean(axis=1, skipna=False), color="black", linewidth=2)
+        axes.axvline(1, color="black", linestyle="--", linewidth=1, zorder=1)
+        if chosen and host in chosen:
+            sigma, temperature = chosen[host]
+            axes.axvline(sigma / temperature, color="0.8", linewidth=5, zorder=0.5)
+        axes.axvline(0, color="0.4", linestyle=":", linewidth=1, zorder=1)
+        axes.set_title(host)
+        axes.grid(True, axis="y")
+    all_axes[0].set_xscale("symlog", linthresh=sizes.min(), linscale=1.5)
+    all_axes[0].set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+    all_axes[0].minorticks_off()
+    _label_outer(
+        all_axes,
+        "← σ = −1 · σ = +1 →\nσ / T_bg (log scale)",
+        _metric_label("auroc").replace(", ", ",\n"),
+    )
+    handles = _set_handles(sets)
+    if len(sets) > 1:
+        handles.append(Line2D([], [], color="black", linewidth=2, label="mean of the sets"))
+    handles += [
+        Line2D([], [], color="0.4", linestyle=":", linewidth=1, label="0: foreground alone"),
+        Line2D([], [], color="black", linestyle="--", linewidth=1, label="default: σ = +1, T_bg = 1"),
+    ]
+    if chosen:
+        handles.append(Line2D([], [], color="0.8", linewidth=5, label="chosen"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3 if len(all_axes) > 1 else 2)
+    return figure
+
+
 # Building blocks
 
 
@@ -1431,6 +1842,64 @@ def _label_outer(all_axes: Sequence[Axes], x: str, y: str) -> None:
             axes.set_xlabel(x, fontsize=8)
         if index % columns == 0:
             axes.set_ylabel(y)
+
+
+def _check_images(name: str, images: np.ndarray) -> None:
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
+        raise InputError(
+            f"The images of {name} are {images.dtype} {list(images.shape)}, expected uint8 [n, H, W, 3] with n > 0; "
+            "pass raw images."
+        )
+
+
+def _check_shape(what: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise InputError(
+            f"{what} are {list(found)}, expected {list(expected)}; pass those of the images, in their order."
+        )
+
+
+def _check_unit(what: str, values: np.ndarray) -> None:
+    if not (values.min() >= 0 and values.max() <= 1):
+        raise InputError(
+            f"{what} are between {values.min():.3g} and {values.max():.3g}, expected values in [0, 1]; normalise them."
+        )
+
+
+def _picture_axes(figure: Figure, columns: int, bottom: float) -> Axes:
+    """Axes without frame or ticks, for pictures one unit wide from (0, 0) to the right and down to `bottom`."""
+    axes = figure.subplots()
+    axes.set(xlim=(0, columns * (1 + PICTURE_GAP)), ylim=(bottom, 0), xticks=[], aspect="equal", anchor="W")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_autoscale_on(False)
+    return axes
+
+
+def _pictures(axes: Axes, pictures: Iterable[np.ndarray], bottom: float, height: float, **look: Any) -> None:
+    """Images side by side, unsmoothed, each one unit wide."""
+    for column, picture in enumerate(pictures):
+        left = column * (1 + PICTURE_GAP)
+        extent = (left, left + 1, bottom, bottom + height)
+        axes.imshow(picture, interpolation="nearest", extent=extent, aspect="equal", **look)
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """The edges [n, 2, 2] between the pixels of a mask [H, W] and their surroundings, as (x, y) from the upper left corner."""
+    padded = np.pad(mask, 1).astype(int)
+    y, x = np.nonzero(np.diff(padded, axis=0)[:, 1:-1])
+    level = np.stack([np.stack([x, y], 1), np.stack([x + 1, y], 1)], 1)
+    y, x = np.nonzero(np.diff(padded, axis=1)[1:-1])
+    upright = np.stack([np.stack([x, y], 1), np.stack([x, y + 1], 1)], 1)
+    return np.concatenate([level, upright]).astype(float)
+
+
+def _part_look(index: int, score: str) -> dict[str, Any]:
+    """The marker of a part of a joint score, open where it is tuned; other scores by their place."""
+    base = score.removesuffix(", tuned")
+    colour, marker = PART_LOOKS.get(base, (_line_colour(index), _marker(index)))
+    face = colour if base == score else "white"
+    return {"color": colour, "marker": marker, "markerfacecolor": face, "markersize": 4.2}
 
 
 def _array(values: Any) -> np.ndarray:
@@ -1610,6 +2079,11 @@ def _short(text: str, letters: int, lines: int = 1) -> str:
     """A text in at most so many lines of about so many letters; what does not fit is left out, no word is broken."""
     whole_words = {"break_long_words": False, "break_on_hyphens": False}
     return textwrap.fill(text, max(letters, 3), max_lines=lines, placeholder=" …", **whole_words)
+
+
+def _fill_lines(text: str, letters: int) -> str:
+    """A text in lines of at most so many letters, its own line breaks kept."""
+    return "\n".join(textwrap.fill(line, letters) for line in text.split("\n"))
 
 
 def _longest_line(texts: Iterable[str]) -> int:

@@ -192,6 +192,48 @@ def results_table(methods, sets, seeds=(0,), published=False) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def share_table(classes) -> pd.DataFrame:
+    """Class 0 has 20 % foreground, class 1 20.05 %, ...; quartiles 5 points either way; 10 images a class, one empty in 1."""
+    table = pd.DataFrame({"class": range(classes), "mean": 20 + 0.05 * np.arange(classes), "images": 10})
+    return table.assign(q25=table["mean"] - 5, q75=table["mean"] + 5, empty=(table["class"] == 1).astype(int))
+
+
+def dense_history() -> pd.DataFrame:
+    """That of `fine_tuning_history` with accuracies of pixels and images and the mIoU."""
+    history = fine_tuning_history([0.1, 0.1, 0.01, 0.001])
+    steps = np.arange(4)
+    history = history.assign(train_pixel_accuracy=60.0 + steps, train_accuracy=70.0 + steps)
+    return history.assign(validation_pixel_accuracy=50.0 + steps, validation_miou=30.0 + steps)
+
+
+SCORES = ["host on the backbone", "S_foreground", "S_background", "S", "S, tuned"]
+
+
+def host_table(hosts, sets, scores=SCORES) -> pd.DataFrame:
+    """AUROC is 90 for the first host, 91 for the second, ..., + 0.1 a score, - 1 a set; the interval is 1 either way."""
+    lines = [
+        (host, score, name, group, 90.0 + place + 0.1 * lane - index)
+        for place, host in enumerate(hosts)
+        for lane, score in enumerate(scores)
+        for index, (name, group) in enumerate(sets.items())
+    ]
+    table = pd.DataFrame(lines, columns=["host", "score", "ood_set", "group", "auroc"])
+    table = table.assign(auroc_lo=table.auroc - 1, auroc_hi=table.auroc + 1, fpr95=100 - table.auroc)
+    return table.assign(fpr95_lo=table.fpr95 - 1, fpr95_hi=table.fpr95 + 2)
+
+
+def weight_table(hosts, sets, temperatures) -> pd.DataFrame:
+    """AUROC is 80 + sigma / T, + 1 a set."""
+    lines = [
+        (host, name, group, sigma, temperature, 80 + sigma / temperature + index)
+        for host in hosts
+        for index, (name, group) in enumerate(sets.items())
+        for sigma in (1, -1)
+        for temperature in temperatures
+    ]
+    return pd.DataFrame(lines, columns=["host", "ood_set", "group", "sigma", "temperature", "auroc"])
+
+
 METHODS = ["LINe", "HIMPLoS", "HIM only", "PLoS only", "DICE", "ReAct", "Energy", "MaxLogit", "MSP"]
 MANY = [
     *METHODS[:-1],
@@ -233,6 +275,13 @@ def every_figure(rng, classes: int, sets: dict[str, str], methods: list[str]) ->
     heads = ["flat", "group (taxonomy)", "group (k-means)", "group (random)"]
     tuning_history = fine_tuning_history([0.1, 0.1, 0.01, 0.001])
     depths = ["head", "last block", "last 2 blocks", "everything"]
+    maps = {name: rng.uniform(size=(14, 8, 8)) for name in images}
+    words = {name: [names[n % classes] + "\nh = -12.3" for n in range(14)] for name in images}
+    predictions = rng.integers(0, classes + 1, (14, 8, 8))
+    parts = dict.fromkeys(SCORES[1:4], (id_scores, scores))
+    rates = {part: dict.fromkeys(sets, 91.23) for part in parts}
+    hosts = methods[:6]
+    weights = weight_table(hosts, sets, [0.01, 0.1, 0.5, 1, 10, 100, np.inf])
     return {
         "sample_grid": plots.sample_grid(images, **near_far),
         "learning_curve": plots.learning_curve(history, **common),
@@ -272,6 +321,21 @@ def every_figure(rng, classes: int, sets: dict[str, str], methods: list[str]) ->
         "fine_tuning_curves": plots.fine_tuning_curves(dict.fromkeys(heads, tuning_history), **common),
         "number_of_groups": plots.number_of_groups(group_numbers(), **common),
         "fine_tuning_depth": plots.fine_tuning_depth(depth_table(depths, sets), **common),
+        "pseudo_masks": plots.pseudo_masks(
+            images["ID"],
+            maps["ID"],
+            maps["ID"] > 0.5,
+            names=[names[n % classes] for n in range(14)],
+            predictions=predictions,
+            class_names=names,
+            **common,
+        ),
+        "dense_overlays": plots.dense_overlays(images, maps, labels=words, **near_far),
+        "foreground_share": plots.foreground_share(share_table(classes), names, **common),
+        "dense_training": plots.dense_training(dense_history(), plain=dense_history(), **common),
+        "score_parts": plots.score_parts(parts, metrics=rates, **near_far),
+        "host_comparison": plots.host_comparison(host_table(hosts, sets), **common),
+        "background_weight": plots.background_weight(weights, {hosts[0]: (1, 3.7)}, **common),
     }
 
 
@@ -311,7 +375,7 @@ def test_saving_twice_gives_the_same_bytes(rng, tmp_path):
         assert b"Software" not in first[0] and b"Matplotlib" not in first[1] and b"<dc:date>" not in first[1]
     names = {path.name for path in (tmp_path / "first").iterdir()}
     assert (
-        len(names) == 2 * 31 and {"tuning_effect.png", "tuning_effect.svg"} <= names
+        len(names) == 2 * 38 and {"tuning_effect.png", "tuning_effect.svg"} <= names
     )  # no temporary file stays
     with Image.open(tmp_path / "first" / "tuning_effect.png") as image:
         assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1) and image.width == 1050
@@ -966,6 +1030,234 @@ def test_fine_tuning_depth_has_a_panel_a_method_and_the_accuracy():
     assert tick_names(accuracy.xaxis) == ["head", "last block", "everything"]
     lacking = plots.fine_tuning_depth(table.iloc[1:], caption=CAPTION).axes[0]  # MOS on SVHN, head only
     assert np.isnan([line.get_ydata()[0] for line in lacking.lines]).tolist() == [False, True, True]
+
+
+def test_pseudo_masks_show_map_mask_and_prediction_of_each_image():
+    images = np.full((2, 2, 2, 3), 51, np.uint8)
+    maps = torch.tensor([[[0.0, 1.0], [0.5, 0.25]]] * 2)
+    masks = np.array([[[False, True], [False, False]]] * 2)
+    predictions = np.array([[[0, 1], [2, 2]]] * 2)  # cat, dog, background
+    draw = {"names": ["cat", "dog, domestic dog"], "caption": CAPTION}
+    figure = plots.pseudo_masks(
+        images, maps, masks, **draw, predictions=predictions, class_names=["cat", "dog, domestic dog"]
+    )
+    axes = figure.axes[0]
+    assert tick_names(axes.xaxis) == ["cat", "dog"]
+    assert [name.split("\n")[0] for name in tick_names(axes.yaxis)] == ["image", "CAM,", "pseudo", "dense"]
+    image, _, cam, _, mask, _, of_cat, of_dog = [picture.get_array() for picture in axes.images]
+    np.testing.assert_array_equal(image, images[0])
+    heat = matplotlib.colormaps["inferno"]([[0.0, 1.0], [0.5, 0.25]])[..., :3]
+    np.testing.assert_allclose(cam, 0.65 * heat + 0.35 * 0.2, atol=1e-9)
+    # the foreground as it is, the background faded
+    np.testing.assert_allclose(mask[..., 0], [[0.76, 0.2], [0.76, 0.76]])
+    assert [same_color(of_cat[0, n], c) for n, c in enumerate((plots.ID_COLOUR, plots.PUBLISHED_COLOUR))] == [
+        True
+    ] * 2
+    assert [same_color(of_dog[0, n], c) for n, c in enumerate((plots.PUBLISHED_COLOUR, plots.ID_COLOUR))] == [
+        True
+    ] * 2
+    assert same_color(of_cat[1, 0], "0.85") and all(p.get_interpolation() == "nearest" for p in axes.images)
+    # the outline goes around the upper right pixel, which is the upper right quarter of the picture
+    left, right, bottom, top = axes.images[4].get_extent()
+    edges = np.array(axes.collections[0].get_segments())
+    assert edges.shape == (4, 2, 2)
+    np.testing.assert_allclose(
+        [edges.min((0, 1)), edges.max((0, 1))], [[(left + right) / 2, (bottom + top) / 2], [right, top]]
+    )
+    assert len(plots.pseudo_masks(images, maps, masks, **draw).axes[0].images) == 6
+    refused = [
+        ({"maps": 2 * maps}, r"The CAMs are between 0 and 2, expected values in \[0, 1\]"),
+        ({"masks": masks[:1]}, r"The pseudo masks are \[1, 2, 2\], expected \[2, 2, 2\]"),
+        ({"predictions": predictions}, "Found no 'cat' in class_names"),
+        ({"images": images / 255}, "expected uint8"),
+    ]
+    for change, message in refused:
+        given = {"images": images, "maps": maps, "masks": masks} | change
+        with pytest.raises(InputError, match=message):
+            plots.pseudo_masks(given.pop("images"), given.pop("maps"), given.pop("masks"), **given, **draw)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (1, 4), (4, 1)])
+def test_the_outline_of_a_mask_parts_every_two_pixels_that_differ(rng, shape):
+    mask = rng.random(shape) < 0.5
+    expected = set()
+    for row, column in np.argwhere(mask).tolist():
+        for step_row, step_column in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+            other = (row + step_row, column + step_column)
+            inside = 0 <= other[0] < shape[0] and 0 <= other[1] < shape[1]
+            if not (inside and mask[other]):
+                middle = (column + 0.5 + step_column / 2, row + 0.5 + step_row / 2)
+                expected.add((middle, "upright" if step_column else "level"))
+    edges = plots._outline(mask)
+    found = {(tuple(edge.mean(axis=0)), "upright" if edge[0, 0] == edge[1, 0] else "level") for edge in edges}
+    assert found == expected and len(edges) == len(expected)
+
+
+def test_dense_overlays_place_the_map_under_its_image(rng):
+    images = {name: rng.integers(0, 256, (12, 4, 4, 3), dtype=np.uint8) for name in ("digits", "noise")}
+    maps = {name: torch.rand(12, 2, 2) for name in images}
+    labels = {"noise": ["automobile\nh = 1.0"] * 12}
+    figure = plots.dense_overlays(images, maps, groups={"noise": "far"}, caption=CAPTION)
+    axes, bar = figure.axes
+    assert tick_names(axes.yaxis) == ["digits", "noise\n(far)"] and "1 − p(background)" in bar.get_ylabel()
+    assert len(axes.images) == 40  # ten of twelve, and their maps
+    image, foreground = axes.images[21], axes.images[31]
+    np.testing.assert_array_equal(image.get_array(), images["noise"][1])
+    np.testing.assert_array_equal(foreground.get_array(), maps["noise"][1])
+    assert foreground.get_clim() == (0, 1) and foreground.get_interpolation() == "nearest"
+    assert foreground.get_extent()[:2] == image.get_extent()[:2]
+    assert foreground.get_extent()[3] < image.get_extent()[2]
+    labelled = plots.dense_overlays(images, maps, labels=labels, caption=CAPTION)
+    shown = [text.get_text() for text in labelled.axes[0].texts]
+    # long words leave room for fewer images, and none is broken
+    assert set(shown) == {"automobile\nh = 1.0"} and 4 * len(shown) == len(labelled.axes[0].images) < 40
+    with pytest.raises(InputError, match=r"The maps of noise are \[0\], expected \[12\]"):
+        plots.dense_overlays(images, {"digits": maps["digits"]}, caption=CAPTION)
+    with pytest.raises(InputError, match="The maps of digits are between"):
+        plots.dense_overlays(images, {name: values + 1 for name, values in maps.items()}, caption=CAPTION)
+
+
+def test_foreground_share_orders_the_classes_and_marks_the_mean_of_all_images():
+    table = share_table(3).assign(mean=[20.0, 40.0, np.nan], images=[30, 10, 0])
+    figure = plots.foreground_share(table, ["cat", "dog", "ant"], caption=CAPTION)
+    axes = figure.axes[0]
+    assert tick_names(axes.yaxis) == ["dog", "cat"]  # ant has no images
+    assert list(axes.lines[0].get_xdata()) == [40, 20]
+    bars = np.array(axes.collections[0].get_segments())[:, :, 0]
+    np.testing.assert_allclose(bars, [[15.05, 25.05], [15, 25]])
+    assert list(axes.lines[1].get_xdata()) == [25, 25]
+    assert "mean of all images: 25.0 %" in texts(figure)
+    assert [text.get_text() for text in axes.texts] == ["1", "0", "empty masks"]
+    without = plots.foreground_share(table.assign(empty=0), ["cat", "dog", "ant"], caption=CAPTION)
+    assert not without.axes[0].texts
+    nothing = plots.foreground_share(table.assign(images=0), ["cat", "dog", "ant"], caption=CAPTION)
+    assert any(text.startswith("No class has an image") for text in texts(nothing))
+    with pytest.raises(InputError, match="Found class 2 and 2 class names"):
+        plots.foreground_share(table, ["cat", "dog"], caption=CAPTION)
+
+
+def test_foreground_share_of_many_classes_shows_both_ends():
+    names = [f"class {n}, also {n}" for n in range(1000)]
+    figure = plots.foreground_share(share_table(1000), names, caption=CAPTION)
+    axes = figure.axes[0]
+    shown = [f"class {n}" for n in (*range(999, 984, -1), *range(14, -1, -1))]
+    assert tick_names(axes.yaxis) == shown
+    assert axes.texts[0].get_text() == "970 more classes, means of 21 to 69 %"
+    assert list(axes.lines[1].get_xdata()) == pytest.approx([44.975] * 2)  # of all, not of those drawn
+    assert colliding(figure) == [] and clipped(figure) == []
+    named = plots.foreground_share(share_table(40), names[:40], caption=CAPTION).axes[0]
+    assert len(tick_names(named.yaxis)) == 40
+
+
+def test_dense_training_compares_the_dense_network_with_the_plain_classifier():
+    plain = pd.DataFrame({"step": [100, 200], "train_accuracy": [75.0, 85.0]})
+    figure = plots.dense_training(dense_history(), plain=plain, caption=CAPTION)
+    loss, pixels, images = figure.axes
+    train, validation, *drops = loss.lines
+    np.testing.assert_allclose(train.get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
+    assert [drop.get_xdata()[0] for drop in drops] == [250, 350]
+    assert loss.get_ylim() == (0, pytest.approx(2.12)) and validation.get_linestyle() == "--"
+    assert [line.get_ydata()[0] for line in pixels.lines[:3]] == [60, 50, 30]
+    assert pixels.lines[2].get_color() != pixels.lines[1].get_color()  # the mIoU
+    assert [list(line.get_ydata()) for line in images.lines[:3]] == [
+        [70, 71, 72, 73],
+        [81, 82, 83, 84],
+        [75, 85],
+    ]
+    assert images.lines[2].get_color() != images.lines[0].get_color()
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[1:3] == ["mIoU of it", "plain classifier"] and "learning rate drops" in labels
+    history = dense_history()
+    alone = history.drop(columns=[name for name in history if name.startswith("validation")])
+    labels = texts(plots.dense_training(alone, caption=CAPTION))
+    assert not {"mIoU of it", "plain classifier", "validation"} & set(labels)
+    with pytest.raises(InputError, match="plain classifier has no column step"):
+        plots.dense_training(history, plain=plain.drop(columns="step"), caption=CAPTION)
+
+
+def test_score_parts_tell_which_part_separates_which_set():
+    ood = {"SVHN": np.zeros(10), "CIFAR-100": np.linspace(0, 1, 10)}
+    parts = {"S_foreground": (torch.linspace(1, 2, 100), ood), "S_background": (np.linspace(4, 5, 50), ood)}
+    rates = {
+        "S_foreground": {"SVHN": 90.04, "CIFAR-100": 70.0},
+        "S_background": {"SVHN": 90.0, "CIFAR-100": 80.0},
+    }
+    figure = plots.score_parts(
+        parts, metrics=rates, groups={"SVHN": "far", "CIFAR-100": "near"}, caption=CAPTION
+    )
+    first, second, table, other = figure.axes
+    assert [first.get_title(), second.get_title()] == ["S_foreground", "S_background"]
+    assert "higher" in first.get_xlabel() and first.get_xlim() != second.get_xlim()
+    assert tick_names(table.yaxis) == ["SVHN (far)", "CIFAR-100 (near)"]
+    numbers = [(text.get_text(), text.get_fontweight()) for axes in (table, other) for text in axes.texts]
+    assert numbers == [("90.0", "bold"), ("70.0", "normal"), ("90.0", "bold"), ("80.0", "bold")]
+    # ID filled and outlined, then a line a set, in the colour and dashes of the table's row
+    _, _, far, near = first.patches
+    assert [line.get_linestyle() for line in table.lines] == ["-", "--"]
+    assert far.get_linestyle()[1] is None and near.get_linestyle()[1] is not None
+    assert [same_color(p.get_edgecolor(), line.get_color()) for p, line in zip((far, near), table.lines)] == [
+        True
+    ] * 2
+    assert max(vertex[1] for vertex in far.get_xy()) == pytest.approx(100)  # all in the first bin
+    plain = plots.score_parts(parts, caption=CAPTION)
+    assert len(plain.axes) == 2 and {"SVHN", "CIFAR-100"} <= set(texts(plain))
+    with pytest.raises(InputError, match=r"Found OOD sets \['SVHN'\] in S, expected \['SVHN', 'CIFAR-100'\]"):
+        plots.score_parts(parts | {"S": (ood["SVHN"], {"SVHN": ood["SVHN"]})}, caption=CAPTION)
+
+
+def test_host_comparison_has_a_panel_a_set_and_a_row_a_host():
+    table = host_table(["MSP", "Energy"], {"SVHN": "far", "CIFAR-100": "near"})
+    table = pd.concat([table, table.assign(auroc=table.auroc + 1)])  # two seeds
+    figure = plots.host_comparison(table, caption=CAPTION)
+    near, far = figure.axes
+    assert [near.get_title(), far.get_title()] == ["CIFAR-100 (near)", "SVHN (far)"]
+    assert tick_names(near.yaxis) == ["MSP", "Energy"] and near.yaxis_inverted()
+    np.testing.assert_allclose(
+        marks(far, "o") + marks(far, "s") + marks(far, "^"), [90.5, 91.5, 90.6, 91.6, 90.7, 91.7]
+    )
+    np.testing.assert_allclose(marks(near, "D"), [89.8, 89.9, 90.8, 90.9])
+    whole, tuned = [line for line in far.lines if line.get_marker() == "D"][:2]
+    assert (whole.get_markerfacecolor(), tuned.get_markerfacecolor()) == ("black", "white")
+    assert whole.get_ydata()[0] < tuned.get_ydata()[0] < 0.5  # dodged within the row
+    bars = [
+        line.get_xdata()
+        for line in far.lines
+        if line.get_marker() == "None" and len(set(line.get_ydata())) == 1
+    ]
+    np.testing.assert_allclose(bars[0], [89, 91])
+    assert "chance" not in texts(figure) and near.get_xlim()[1] == 100
+    low = plots.host_comparison(table.assign(auroc_lo=30.0), caption=CAPTION)
+    assert "chance" in texts(low) and low.axes[0].get_xlim()[0] < 50
+    lacking = (table.host == "MSP") & (table.score == SCORES[0]) & (table.ood_set == "SVHN")
+    fewer = plots.host_comparison(table[~lacking & (table.score != "S")], "fpr95", caption=CAPTION)
+    of_near, of_far = fewer.axes
+    np.testing.assert_allclose(marks(of_far, "o") + marks(of_near, "o"), [9, 11, 10])
+    assert len(marks(of_far, "D")) == 2  # the tuned ones keep their marker
+    assert fewer.axes[0].get_xlim()[0] == 0
+    with pytest.raises(InputError, match="did you mean 'auroc'"):
+        plots.host_comparison(table, "auc", caption=CAPTION)
+
+
+def test_background_weight_runs_from_one_sign_over_the_foreground_alone_to_the_other():
+    table = weight_table(["MSP", "Energy"], {"SVHN": "far", "noise": "far"}, [0.5, 1, 10, np.inf])
+    figure = plots.background_weight(table, {"Energy": (-1, 4)}, caption=CAPTION)
+    msp, energy = figure.axes
+    assert [msp.get_title(), energy.get_title()] == ["MSP", "Energy"]
+    weights = [-2, -1, -0.1, 0, 0.1, 1, 2]
+    first, second, mean = msp.lines[:3]
+    np.testing.assert_allclose(first.get_xydata(), [[x, 80 + x] for x in weights])
+    np.testing.assert_allclose(second.get_ydata(), [81 + x for x in weights])
+    np.testing.assert_allclose(mean.get_ydata(), [80.5 + x for x in weights])
+    # mirrored logarithms: as far from 0.1 to 1 as from -0.1 to -1
+    places = msp.transData.transform([(x, 80) for x in (-1, -0.1, 0, 0.1, 1)])[:, 0]
+    np.testing.assert_allclose(np.diff(places), np.diff(places)[::-1])
+    assert tick_names(msp.xaxis) == ["−1", "−0.1", "0", "0.1", "1"]
+    assert [line.get_xdata()[0] for line in msp.lines[3:]] == [1, 0]
+    assert [line.get_xdata()[0] for line in energy.lines[3:]] == [1, -0.25, 0]
+    alone = plots.background_weight(table[table.host == "MSP"], caption=CAPTION)
+    assert clipped(alone) == [] and "chosen" not in texts(alone)
+    with pytest.raises(InputError, match="Found temperature 0, expected all above 0"):
+        plots.background_weight(table.assign(temperature=0.0), caption=CAPTION)
 
 
 def test_an_unknown_metric_is_refused():
