@@ -137,11 +137,17 @@ def main() -> int:
     if arguments.list:
         show_list(experiment)
         return 0
-    tasks = plan(seeds, arguments.only)
+    networks = experiment.used_networks
+    tasks = plan(seeds, arguments.only, networks)
     console.print(f"[bold]{experiment.config.name}[/bold]: {experiment.config.description}")
     experiment.check_images()
     for name in experiment.missing:
         console.print(f"[yellow]Without {name}: missing and skipped.[/yellow]")
+    left_out = {task.name for task in plan(seeds)} - {task.name for task in plan(seeds, networks=networks)}
+    if left_out and not arguments.only:
+        console.print(
+            f"Without {', '.join(sorted(left_out))}: the config has no such network and no row that scores it."
+        )
     runner = Runner(experiment, parameters, seeds, tasks)
     if arguments.dry_run:
         for task in tasks:
@@ -157,7 +163,7 @@ def main() -> int:
             f"[red]{len(failed)} of {len(outcomes)} notebooks did not run to their end: {', '.join(failed)}.[/red]"
         )
         return 1
-    everything = plan(seeds)
+    everything = plan(seeds, networks=networks)
     outcomes = {task.name: outcomes.get(task.name) or runner.earlier(task) for task in everything}
     manifest = write_manifest(experiment, parameters, seeds, outcomes)
     report = write_report(experiment, manifest, everything, outcomes)

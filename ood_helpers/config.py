@@ -13,11 +13,13 @@ import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -279,6 +281,10 @@ class BiTBackbone(Backbone):
     architecture: Literal["bit"]
     depth: Literal[50, 101, 152] = 101
     width: int = Field(1, ge=1, le=4, description="factor of the number of channels")
+    half_stride: bool = Field(
+        False,
+        description="a last feature map of twice the height and width: 8 x 8 instead of 4 x 4 at 128 pixels",
+    )
 
 
 BackboneConfig = Annotated[
@@ -363,6 +369,7 @@ class FineTuningConfig(Model):
             raise ValueError("class_numbering is for the flat head of a checkpoint; remove it")
         if self.checkpoint is not None:
             used = {"groups", "checkpoint", "class_numbering", "expected_accuracy", "tolerance"}
+            used |= {"method", "background_column"}
             for name in sorted(self.model_fields_set - used):
                 raise ValueError(
                     f"{name} has no effect on a checkpoint, which is used as it is; remove one of the two"
@@ -381,6 +388,82 @@ class FineTuningConfig(Model):
         if self.schedule is not None and any(a >= b for a, b in zip(self.schedule, self.schedule[1:])):
             raise ValueError(f"the steps of schedule {list(self.schedule)} do not rise; put them in order")
         return self
+
+
+class MasksConfig(Model):
+    """Pseudo masks of DFB: which part of a training image is foreground, from class activation maps (CAM) of the backbone."""
+
+    scales: tuple[PositiveFloat, ...] = Field(
+        (1.0, 0.5, 1.5, 2.0), min_length=1, description="of the network's input; their maps are added up"
+    )
+    label: Literal["ground_truth", "predicted"] = Field(
+        "ground_truth", description="whose map: the class of the image, or the one the backbone predicts"
+    )
+    sigma: NonNegativeFloat | None = Field(
+        None,
+        description="of the Gaussian, in pixels; None = 1/32 of the image's height, the paper's 4 of 128 pixels",
+    )
+    threshold: float = Field(
+        0.5, ge=0, lt=1, description="foreground is above it, of the map between its minimum 0 and maximum 1"
+    )
+
+
+class DenseConfig(FineTuningConfig):
+    """A network of DFB, made from the backbone: K + 1 outputs at each position of the feature map, for the classes and,
+    last, the background of ID images, trained on pseudo masks.
+
+    The recipe is that of a fine-tuned network but for the defaults. With `depth` 0 and no mixup, crops or flips the head
+    can be trained on feature maps held in memory (`inputs: features`), which is exact.
+    """
+
+    method: Literal["dense"] = "dense"
+    masks: MasksConfig = MasksConfig()
+    loss: Literal["cross_entropy", "focal"] = Field(
+        "cross_entropy",
+        description="mean over the pixels; focal = (1 - exp(-L))^2 L / 2 of each image's mean L",
+    )
+    loss_resolution: Literal["full", "reduced"] = Field(
+        "full",
+        description="logits enlarged to the images' size, or masks reduced to the feature map's: another loss, and faster",
+    )
+    balanced: bool = Field(False, description="weigh foreground and background so that they count equally")
+    depth: int = Field(-1, ge=-1, description="as for a fine-tuned network")
+    inputs: Literal["features", "images"] = "images"
+    batch_size: PositiveInt = 128
+    mixup: NonNegativeFloat | None = Field(0.0, description="alpha of mixup of images and losses; 0 = off")
+    flip: bool = Field(True, description="random horizontal flip, of image and mask")
+    background_column: Literal["last", "first"] = Field(
+        "last", description="of the head of a `checkpoint`; here it is always the last"
+    )
+
+    @model_validator(mode="after")
+    def _no_groups(self) -> "DenseConfig":
+        if self.groups is not None:
+            raise ValueError("groups have no effect on a dense network; remove them")
+        if self.class_numbering != "as_is":
+            raise ValueError("class_numbering is for a flat head; remove it")
+        if self.background_column != "last" and self.checkpoint is None:
+            raise ValueError("background_column is for a checkpoint; remove it")
+        return self
+
+    def plain(self) -> FineTuningConfig:
+        """The recipe of a flat classifier by the same budget: what dense training is held against."""
+        return FineTuningConfig(
+            **self.model_dump(
+                include=set(FineTuningConfig.model_fields) - {"checkpoint", "expected_accuracy", "tolerance"}
+            )
+        )
+
+
+def _kind_of_network(recipe: Any) -> str:
+    dense = isinstance(recipe, DenseConfig) or (isinstance(recipe, Mapping) and "method" in recipe)
+    return "dense" if dense else "classifier"
+
+
+NetworkConfig = Annotated[
+    Annotated[FineTuningConfig, Tag("classifier")] | Annotated[DenseConfig, Tag("dense")],
+    Discriminator(_kind_of_network),
+]
 
 
 class MOSAblations(Model):
@@ -403,6 +486,25 @@ class MOSAblations(Model):
                 raise ValueError(f"{name} has no effect in depth_recipe; remove it")
         if self.depth_recipe.inputs != "images":
             raise ValueError("depths beyond the head need images; set depth_recipe.inputs: images")
+        return self
+
+
+class DFBAblations(Model):
+    """What 14_dfb trains beside the network `dfb`: heads on other pseudo masks."""
+
+    thresholds: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        (0.3, 0.5, 0.7), description="of the masks"
+    )
+    recipe: DenseConfig = Field(
+        DenseConfig(depth=0, inputs="features", flip=False),
+        description="of all; its masks are those of `dfb` but for what is varied",
+    )
+
+    @model_validator(mode="after")
+    def _options_with_an_effect(self) -> "DFBAblations":
+        for name in ("masks", "checkpoint"):
+            if name in self.recipe.model_fields_set:
+                raise ValueError(f"{name} has no effect in recipe; remove it")
         return self
 
 
@@ -462,14 +564,16 @@ class ExperimentConfig(Model):
     transform: TransformConfig
     backbone: BackboneConfig
     features: FeaturesConfig = FeaturesConfig()
-    networks: dict[str, FineTuningConfig] = Field(
+    networks: dict[str, NetworkConfig] = Field(
         {},
         description="networks made from the backbone; a row of detectors names the one it scores as `network`. Where there "
-        "is no `group` or no `flat`, these are heads with k-means groups and with a flat softmax",
+        "is no `group`, no `flat` or no `dfb`, these are heads with k-means groups and with a flat softmax, and the paper's "
+        "recipe of DFB",
     )
     mos_ablations: MOSAblations | None = Field(
         None, description="for 13_mos, where training some twenty heads is affordable"
     )
+    dfb_ablations: DFBAblations | None = Field(None, description="for 14_dfb")
     detectors: dict[str, dict[str, Any]] = Field(
         description="row name -> hyper-parameters; see ood_helpers.detectors"
     )
@@ -511,7 +615,7 @@ class ExperimentConfig(Model):
                     f"networks.{name}.groups.number is {number}, expected at most the {self.id.num_classes} classes"
                 )
         for row, settings in self.detectors.items():
-            name, known = settings.get("network"), {*self.networks, "group", "flat"}
+            name, known = settings.get("network"), {*self.networks, "group", "flat", "dfb"}
             if name is not None and name not in known:
                 raise ValueError(f"detectors.{row}.network names {name!r}; {nearest(str(name), known)}")
         return self
@@ -692,7 +796,10 @@ def _describe(error: ValidationError) -> str:
     """All problems of a config as one sentence."""
     problems = []
     for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
+        parts = list(problem["loc"])
+        if parts[:1] == ["networks"] and parts[2:3] in (["classifier"], ["dense"]):
+            del parts[2]  # pydantic names the kind of network, too
+        place = ".".join(map(str, parts))
         message = problem["msg"].removeprefix("Value error, ")
         if (
             "input" in problem

@@ -5,6 +5,7 @@ its banks: only the logits are taken anew, by its own head.
 """
 
 import copy
+import functools
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,8 @@ import pandas as pd
 import torch
 
 from ood_helpers.backbones import Classifier, build, load_checkpoint, weights_fingerprint
-from ood_helpers.config import FineTuningConfig, resolve_path
+from ood_helpers.cam import CAM_VERSION, ClassMaps, PseudoMasks, StoredMaps, maps_key, stored_maps
+from ood_helpers.config import DenseConfig, FineTuningConfig, MasksConfig, resolve_path
 from ood_helpers.data import image_batches
 from ood_helpers.data.imagenet import devkit_to_sorted
 from ood_helpers.errors import InputError
@@ -30,15 +32,22 @@ from ood_helpers.features import (
     pass_batch_size,
 )
 from ood_helpers.files import locked, sha256_of_json
+from ood_helpers.foreground import ForegroundBank, foreground_classifier, foreground_head
 from ood_helpers.groups import Groups, make_groups
+from ood_helpers.progress import track
 from ood_helpers.training import (
     TRAINING_VERSION,
     approximation,
     default_schedule,
+    dense_logits,
+    evaluate_dense,
     exact_on_features,
     fine_tune,
+    load_images,
     mixup_alpha,
     train_classifier,
+    train_dense,
+    train_dense_head,
     train_head,
     zero_head,
 )
@@ -79,7 +88,18 @@ class ExperimentNetwork:
 
     @cached_property
     def head(self) -> Head:
+        """The head that detectors are given."""
+        return self.whole_head
+
+    @cached_property
+    def whole_head(self) -> Head:
+        """All outputs of the network's last layer."""
         return Head.of(self.network, self.groups)
+
+    @property
+    def classifier(self) -> Classifier:
+        """The network with the outputs of `head`."""
+        return self.network
 
     @property
     def training_history(self) -> pd.DataFrame | None:
@@ -130,8 +150,21 @@ class ExperimentNetwork:
         def batches(start: int, stop: int) -> Iterator[torch.Tensor]:
             return image_batches(image_set, run.transform, start, stop, batch_size, options.workers)
 
-        network = PixelNetwork(self.network, run.transform, run.device)
+        network = PixelNetwork(self.classifier, run.transform, run.device)
         return ImageBank(self.bank(name), network, batches, image_set.name)
+
+    def activation_maps(self, name: str, config: MasksConfig) -> StoredMaps:
+        """The class activation maps of an image set; the passes at all scales run if they have not yet.
+
+        Raises
+        ------
+        InputError : see cam.stored_maps
+        """
+        run = self.experiment
+        image_set, batch_size = run.image_set(name), pass_batch_size(run.config.features, run.device)
+        key = maps_key(self.network, image_set, run.transform, config.scales, run.device)[:SHORT]
+        directory = run.run_dir / "maps" / key
+        return stored_maps(self.network, image_set, run.transform, directory, config, run.device, batch_size)
 
     @cached_property
     def id_accuracy(self) -> float:
@@ -247,35 +280,50 @@ class FineTunedNetwork(ExperimentNetwork):
 
     @cached_property
     def network(self) -> Classifier:
-        run = self.experiment
-        backbone, classes = run.network, run.config.id.num_classes
+        backbone = self.experiment.network
         with torch.random.fork_rng(devices=[]):  # a new linear layer draws numbers before it is set to zero
-            head = zero_head(backbone.feature_dim, classes, self.groups)
+            head = zero_head(backbone.feature_dim, self._outputs, self.groups)
         network = copy.deepcopy(backbone)
         network.head = head
         if not self.trained_here:
             load_checkpoint(network, resolve_path(self.recipe.checkpoint))
-            if self.recipe.class_numbering == "ilsvrc2012_devkit":
-                _reorder(network.head)
+            self._order_columns(network.head)
         else:
-            self._train(network)
-        return network.eval().to(run.device)
+            with locked(self.model_directory):
+                self._train(network)
+        return network.eval().to(self.experiment.device)
+
+    @property
+    def _outputs(self) -> int:
+        """Outputs of the head, without the "others" of groups."""
+        return self.experiment.config.id.num_classes
+
+    def _order_columns(self, head: torch.nn.Linear) -> None:
+        """Put the outputs of a checkpoint into the order they have here."""
+        if self.recipe.class_numbering == "ilsvrc2012_devkit":
+            _reorder(head, torch.from_numpy(devkit_to_sorted()))
+
+    @property
+    def _training_options(self) -> dict:
+        run = self.experiment
+        return {"seed": run.seed, "device": run.device, "directory": self.model_directory}
+
+    @property
+    def _held_out(self) -> str | None:
+        return "validation" if "validation" in self.experiment.id_names else None
 
     def _train(self, network: Classifier) -> None:
-        run, recipe = self.experiment, self._training_recipe
-        options = {"seed": run.seed, "device": run.device, "directory": self.model_directory}
-        validation = "validation" if "validation" in run.id_names else None
-        with locked(self.model_directory):
-            if recipe.inputs == "features":
-                held_out = (lambda: run.bank(validation)) if validation else None
-                images = len(run.image_set("train"))
-                train_head(
-                    network.head, lambda: run.bank("train"), held_out, images, recipe, self.groups, **options
-                )
-            else:
-                held_out = run.image_set(validation) if validation else None
-                train = run.image_set("train")
-                fine_tune(network, train, held_out, run.transform, recipe, self.groups, **options)
+        run, recipe, validation = self.experiment, self._training_recipe, self._held_out
+        if recipe.inputs == "features":
+            held_out = (lambda: run.bank(validation)) if validation else None
+            images, options = len(run.image_set("train")), self._training_options
+            train_head(
+                network.head, lambda: run.bank("train"), held_out, images, recipe, self.groups, **options
+            )
+        else:
+            held_out = run.image_set(validation) if validation else None
+            train, options = run.image_set("train"), self._training_options
+            fine_tune(network, train, held_out, run.transform, recipe, self.groups, **options)
 
     @property
     def _training_recipe(self) -> FineTuningConfig:
@@ -291,10 +339,16 @@ class FineTunedNetwork(ExperimentNetwork):
         sets = [run.image_set(name).fingerprint for name in run.id_names if name != "test"]
         groups = None if self.groups is None else self.groups.members
         settings = [weights_fingerprint(run.network), self._training_recipe.model_dump(), groups, sets]
+        settings += self._more_settings
         key = sha256_of_json(
             [*settings, run.transform.fingerprint, run.seed, run.device.type, TRAINING_VERSION]
         )
         return run.run_dir / "models" / key[:SHORT]
+
+    @property
+    def _more_settings(self) -> list:
+        """What else the weights depend on; ready for JSON."""
+        return []
 
     @cached_property
     def shares_features(self) -> bool:
@@ -306,7 +360,7 @@ class FineTunedNetwork(ExperimentNetwork):
 
     def bank(self, name: str) -> StoredBank | OtherHeadBank:
         if self.shares_features:
-            return OtherHeadBank(self.experiment.bank(name), self.head)
+            return OtherHeadBank(self.experiment.bank(name), self.whole_head)
         return super().bank(name)
 
     def _key(self, name: str) -> str:
@@ -327,9 +381,118 @@ class FineTunedNetwork(ExperimentNetwork):
         return self.recipe.expected_accuracy, self.recipe.tolerance
 
 
-def _reorder(head: torch.nn.Linear) -> None:
-    """Put the outputs of a flat ImageNet head from the order of the devkit into that of the sorted WordNet ids."""
+class DenseNetwork(FineTunedNetwork):
+    """A network of DFB: trained on pseudo masks at every position, then read as a classifier of images.
+
+    Detectors see the K foreground classes, in `head` and in the banks, which hold the logit of the background beside them.
+
+    Parameters
+    ----------
+    recipe : how; see config.DenseConfig
+    """
+
+    recipe: DenseConfig
+
+    @property
+    def _outputs(self) -> int:
+        return super()._outputs + 1
+
+    @property
+    def _more_settings(self) -> list:
+        return [CAM_VERSION]
+
+    def _order_columns(self, head: torch.nn.Linear) -> None:
+        if self.recipe.background_column == "first":
+            _reorder(head, torch.arange(len(head.bias)).roll(1))
+
+    @property
+    def approximation(self) -> str:
+        reduced = self.trained_here and self.recipe.loss_resolution == "reduced"
+        parts = [super().approximation, "loss at the resolution of the feature map" if reduced else ""]
+        return " and ".join(filter(None, parts))
+
+    def _train(self, network: Classifier) -> None:
+        run, recipe, options = self.experiment, self._training_recipe, self._training_options
+        names = ["train", self._held_out]
+        sets, masks = zip(
+            *((run.image_set(name), self.masks(name)) if name else (None, None) for name in names)
+        )
+        if recipe.inputs == "features":
+            maps = [functools.partial(self._backbone_maps, name) if name else None for name in names]
+            train_dense_head(network.head, *maps, *sets, recipe, *masks, **options)
+        else:
+            train_dense(network, *sets, run.transform, recipe, *masks, **options)
+
+    @torch.no_grad()
+    def _backbone_maps(self, name: str) -> torch.Tensor:
+        """The backbone's feature maps [N, D, h, w] of an image set, all in memory."""
+        run, maps = self.experiment, []
+        image_set, batch_size = run.image_set(name), pass_batch_size(run.config.features, run.device)
+        with track(
+            description=f"Feature maps of {image_set.name}", total=len(image_set), unit="image"
+        ) as bar:
+            for images in image_batches(image_set, run.transform, 0, len(image_set), batch_size):
+                inputs = run.transform.normalise(images.to(run.device))
+                maps.append(run.network.feature_map(inputs.contiguous(memory_format=torch.channels_last)))
+                bar.update(len(images))
+        return torch.cat(maps)
+
+    def masks(self, name: str) -> PseudoMasks:
+        """The pseudo masks of an image set, from the class activation maps of the backbone."""
+        maps = self._stored_maps(name)
+        key = sha256_of_json(self.recipe.masks.model_dump())[:SHORT]
+        path = maps.directory / f"masks-{key}.safetensors"
+        if not path.exists():
+            PseudoMasks.of(maps.load(self.recipe.masks.label), self.recipe.masks).save(path)
+        return PseudoMasks.load(path)
+
+    def maps(self, name: str) -> ClassMaps:
+        """The class activation maps that the masks are made of."""
+        return self._stored_maps(name).load(self.recipe.masks.label)
+
+    def _stored_maps(self, name: str) -> StoredMaps:
+        return self.experiment.backbone.activation_maps(name, self.recipe.masks)
+
+    def segmentation(self, name: str) -> dict[str, float]:
+        """Pixel accuracy, mean class accuracy and mIoU (percent) against the pseudo masks of a labelled image set, with
+        the loss and the accuracy of the classifier of images."""
+        run = self.experiment
+        batch_size = pass_batch_size(run.config.features, run.device)
+        return evaluate_dense(
+            self.network,
+            run.image_set(name),
+            self.masks(name),
+            run.transform,
+            batch_size,
+            run.device,
+            self.recipe,
+        )
+
+    def images(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Images of a set as the network is shown them, uint8 [n, H, W, 3]."""
+        return load_images(self.experiment.image_set(name), self.experiment.transform, rows)
+
+    @torch.no_grad()
+    def probabilities(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Probabilities [n, K + 1, H, W] of the classes and, last, the background at each pixel of some images."""
+        run, images = self.experiment, self.images(name, rows)
+        inputs = run.transform.normalise(images.to(run.device).permute(0, 3, 1, 2))
+        return dense_logits(self.network, inputs, size=tuple(images.shape[1:3])).softmax(dim=1).cpu()
+
+    @property
+    def classifier(self) -> Classifier:
+        return foreground_classifier(self.network)
+
+    @cached_property
+    def head(self) -> Head:
+        return foreground_head(self.whole_head)
+
+    def bank(self, name: str) -> ForegroundBank:
+        return ForegroundBank(super().bank(name))
+
+
+def _reorder(head: torch.nn.Linear, columns: torch.Tensor) -> None:
+    """Move output i of a head to column columns[i]."""
     with torch.no_grad():
-        place = torch.from_numpy(devkit_to_sorted())
         for values in (head.weight, head.bias):
-            values[place] = values.clone()
+            values[columns] = values.clone()

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,7 @@ from ood_helpers import features, groups, metrics, networks, plots, results
 from ood_helpers.backbones import ARCHITECTURES, Classifier, weights_fingerprint
 from ood_helpers.config import (
     PROJECT_ROOT,
+    DenseConfig,
     ExperimentConfig,
     FineTuningConfig,
     GroupsConfig,
@@ -35,7 +37,7 @@ from ood_helpers.config import (
     resolve_path,
 )
 from ood_helpers.data import ImageSet, Transform, open_image_set
-from ood_helpers.detectors import DETECTORS, Detector, create, create_all
+from ood_helpers.detectors import DETECTORS, DFB, Detector, DFBBackground, create, create_all
 from ood_helpers.errors import InputError, MissingDataError, nearest
 from ood_helpers.features import (
     Bank,
@@ -48,7 +50,7 @@ from ood_helpers.features import (
     resolve_device,
 )
 from ood_helpers.files import atomic_path, locked, sha256_of_json, write_text
-from ood_helpers.networks import Backbone, ExperimentNetwork, FineTunedNetwork
+from ood_helpers.networks import Backbone, DenseNetwork, ExperimentNetwork, FineTunedNetwork
 from ood_helpers.progress import track
 from ood_helpers.training import check_labels
 
@@ -101,7 +103,13 @@ class Experiment:
 
     def _check_softmax(self, row: str, detector: Detector) -> None:
         """A wrong kind of head is refused before anything long starts; `fit` would refuse it, too."""
-        grouped = bool(detector.network) and self.networks[detector.network].groups is not None
+        recipe = self.networks[detector.network] if detector.network else None
+        if isinstance(detector, DFB | DFBBackground) and not isinstance(recipe, DenseConfig):
+            raise InputError(
+                f"detectors.{row}: {detector.title} scores a network with a background class, but the network "
+                f"{detector.network or 'of the backbone'} has none; name one with method: dense."
+            )
+        grouped = recipe is not None and recipe.groups is not None
         if grouped != detector.group_softmax:
             kinds = ["a flat softmax", "a group softmax"]
             raise InputError(
@@ -400,10 +408,15 @@ class Experiment:
 
     @cached_property
     def networks(self) -> dict[str, FineTuningConfig]:
-        """Those of the config, and `group` and `flat` of MOS where it does not have them, with k-means groups."""
+        """Those of the config, and where it does not have them `group` and `flat` of MOS, with k-means groups, and `dfb`."""
         number = max(2, round(self.config.id.num_classes**0.5))
         group = FineTuningConfig(groups=GroupsConfig(strategy="kmeans", number=number))
-        return {"group": group, "flat": FineTuningConfig()} | self.config.networks
+        return {"group": group, "flat": FineTuningConfig(), "dfb": DenseConfig()} | self.config.networks
+
+    @property
+    def used_networks(self) -> set[str]:
+        """Those that the config describes or that a row scores."""
+        return {*self.config.networks, *(detector.network for detector in self.detectors.values())}
 
     def fine_tuned(self, network: str | FineTuningConfig) -> FineTunedNetwork:
         """A network made from the backbone, by its name in `networks` or by a recipe; trained when first asked for.
@@ -416,15 +429,19 @@ class Experiment:
             known = [name for name, named in self.networks.items() if named == network]
             if not known:  # what the config expects is of its own network
                 recipe = network.model_copy(update={"expected_accuracy": None})
-                return FineTunedNetwork(self, recipe, "made for a comparison")
+                return self._made(recipe, "made for a comparison")
             network = known[0]
         if network not in self.networks:
             raise InputError(
                 f"No network {network!r} in {self.config.name}; {nearest(network, self.networks)}"
             )
         if network not in self._fine_tuned:
-            self._fine_tuned[network] = FineTunedNetwork(self, self.networks[network], network)
+            self._fine_tuned[network] = self._made(self.networks[network], network)
         return self._fine_tuned[network]
+
+    def _made(self, recipe: FineTuningConfig, name: str) -> FineTunedNetwork:
+        kind = DenseNetwork if isinstance(recipe, DenseConfig) else FineTunedNetwork
+        return kind(self, recipe, name)
 
     def _network_of(self, detector: Detector) -> ExperimentNetwork:
         return self.fine_tuned(detector.network) if detector.network else self.backbone
@@ -497,8 +514,7 @@ class Experiment:
         begin = time.perf_counter()
         detector.fit(train_bank, network.head, validation_bank)
         if not detector.needs_images:
-            taps = {name: tap[:1] for name, tap in shard.taps.items()}
-            detector.score_samples(FeatureBank(shard.features[:1], shard.logits[:1], taps=taps))
+            detector.score_samples(_rows(shard, slice(1)))
         return time.perf_counter() - begin
 
     def _tuned_detector(self, row: str) -> Detector:
@@ -579,13 +595,15 @@ class Experiment:
             )
         return pd.DataFrame(lines)
 
-    def compare_networks(self, recipes: Mapping[str, FineTuningConfig]) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """FPR95 and AUROC in percent of networks made by several recipes: of MOS with a group softmax, of MSP with a
-        flat one.
+    def compare_networks(
+        self, recipes: Mapping[str, FineTuningConfig], scored_by: Detector | None = None
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """FPR95 and AUROC in percent of networks made by several recipes.
 
         Parameters
         ----------
         recipes : label -> recipe; each network is trained when it is not yet
+        scored_by : a detector that scores banks; None = MOS where there is a group softmax, else MSP
 
         Returns
         -------
@@ -598,9 +616,11 @@ class Experiment:
             network = self.fine_tuned(recipe)
             facts = {"id_accuracy": network.id_accuracy, "tuned_on": ""}
             facts["hyperparameters"] = json.dumps({"network": network.described})
-            detector = create("msp" if recipe.groups is None else "mos")
+            detector = copy.copy(scored_by) or create("msp" if recipe.groups is None else "mos")
             test = network.bank("test")
-            detector.fit(test, network.head)  # neither method learns from images
+            detector.fit(
+                network.bank("train") if scored_by else test, network.head
+            )  # MOS and MSP learn nothing
             id_scores, of_sets = detector.score_samples(test).numpy(), {}
             for name, group in self.ood_groups.items():
                 ood_scores = detector.score_samples(network.bank(name)).numpy()
@@ -614,6 +634,28 @@ class Experiment:
                 of_methods[label] = pd.DataFrame({name: draws[metric] for name, draws in of_sets.items()})
         table = pd.DataFrame(lines)
         return table, results.mean_table(table, resamples)
+
+    def dfb_parts(self, row: str) -> dict[str, str]:
+        """The rows that show what a row of DFB consists of, as far as the config has them: "host on the backbone",
+        "S_foreground" (the host on the network of DFB), "S_background" and "S", the row itself."""
+        detector = self._unfitted(row)
+        host = detector.make_host()
+
+        def row_of(like: Detector, network: str) -> str | None:
+            for name, other in self.detectors.items():
+                same = type(other) is type(like) and other.hyperparameters() == like.hyperparameters()
+                if same and other.network == network:
+                    return name
+            return None
+
+        background = DFBBackground(sigma=detector.sigma, background=detector.background)
+        found = {
+            "host on the backbone": row_of(host, ""),
+            "S_foreground": row_of(host, detector.network),
+            "S_background": row_of(background, detector.network),
+            "S": row,
+        }
+        return {part: name for part, name in found.items() if name is not None}
 
     def others_probability(self, network: FineTunedNetwork) -> pd.DataFrame:
         """How probable "others" is in each group of a network with a group softmax, for the images of every set.
@@ -694,9 +736,7 @@ class Experiment:
         for row, (count, draw, taken) in track(
             list(itertools.product(rows, subsets)), description="sample size", unit="fit"
         ):
-            train = banks[networks[row]]
-            taps = {name: tap[taken] for name, tap in train.taps.items()}
-            subset = FeatureBank(train.features[taken], train.logits[taken], train.labels[taken], taps)
+            subset = _rows(banks[networks[row]], taken)
             detector = copy.copy(self._unfitted(row))
             line = {"method": self._label(row), "images_per_class": count, "draw": draw, "refused": ""}
             try:
@@ -720,6 +760,8 @@ class Experiment:
     def _score_fingerprint(self, row: str) -> str:
         base = self._unfitted(self._base(row))
         choice, code = [], [_code_of(type(base))]
+        if isinstance(base, DFB):
+            code.append(_code_of(type(base.make_host())))
         if base.needs_validation or row in self.tuned_rows:  # the metrics have a say in what is chosen
             code.append(_hash_of([metrics]))
         if row in self.tuned_rows:
@@ -985,10 +1027,21 @@ class Experiment:
         }
 
 
+def _rows(bank: FeatureBank, rows: Any) -> FeatureBank:
+    """Some rows of a bank in memory, of whatever it holds."""
+
+    def taken(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: value[rows] for name, value in value.items()}
+        return None if value is None else value[rows]
+
+    return replace(bank, **{field.name: taken(getattr(bank, field.name)) for field in fields(bank)})
+
+
 def _code_of(detector_class: type[Detector]) -> str:
     """SHA-256 over the code a score depends on, so that changed code is run again: the detector's module, those of
-    this package's detectors and groups that it imports, and the reading of banks."""
-    package, found = ("ood_helpers.detectors.", "ood_helpers.groups"), {}
+    this package's detectors, groups and background class that it imports, and the reading of banks."""
+    package, found = ("ood_helpers.detectors.", "ood_helpers.groups", "ood_helpers.foreground"), {}
     waiting = [sys.modules[detector_class.__module__]]
     while waiting:
         module = waiting.pop()

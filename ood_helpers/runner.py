@@ -1,7 +1,7 @@
 """Running the notebooks headlessly: which, in which order, with which parameters, and what is up to date.
 
 A notebook says in its metadata what it needs: {"ood": {"needs": ["03_precompute"], "per_seed": true}}; `after`
-names notebooks it only waits for.
+names notebooks it only waits for, `network` one of the experiment's networks without which it has nothing to show.
 Papermill executes it into runs/<experiment>/notebooks/; a record beside it holds the fingerprint of all it
 depends on (its cells, its parameters, the config, the package, the image sets), so a second run executes
 only what changed.
@@ -10,7 +10,7 @@ only what changed.
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +61,15 @@ def notebook_names() -> list[str]:
     return sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 
 
-def plan(seeds: Iterable[int], only: Iterable[str] | None = None) -> list[Task]:
+def plan(
+    seeds: Iterable[int], only: Iterable[str] | None = None, networks: Collection[str] | None = None
+) -> list[Task]:
     """The tasks of a run in dependency order.
+
+    Parameters
+    ----------
+    only : these notebooks and no others
+    networks : those of the experiment; a notebook about another one is left out, unless `only` names it. None = any
 
     Raises
     ------
@@ -77,6 +84,8 @@ def plan(seeds: Iterable[int], only: Iterable[str] | None = None) -> list[Task]:
         if only and name not in only:
             continue
         about = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).metadata.get("ood", {})
+        if not only and networks is not None and about.get("network", "") not in {"", *networks}:
+            continue
         per_seed = about.get("per_seed", False)
         for seed in seeds if per_seed else seeds[:1]:
             earlier = {
