@@ -137,17 +137,15 @@ def main() -> int:
     if arguments.list:
         show_list(experiment)
         return 0
-    networks = experiment.used_networks
-    tasks = plan(seeds, arguments.only, networks)
+    tasks = plan(seeds, arguments.only, experiment.training_methods)
     console.print(f"[bold]{experiment.config.name}[/bold]: {experiment.config.description}")
     experiment.check_images()
     for name in experiment.missing:
         console.print(f"[yellow]Without {name}: missing and skipped.[/yellow]")
-    left_out = {task.name for task in plan(seeds)} - {task.name for task in plan(seeds, networks=networks)}
-    if left_out and not arguments.only:
-        console.print(
-            f"Without {', '.join(sorted(left_out))}: the config has no such network and no row that scores it."
-        )
+    shown = {task.name for task in [*plan(seeds, methods=experiment.training_methods), *tasks]}
+    everything = [task for task in plan(seeds) if task.name in shown]
+    if left_out := [task.name for task in plan(seeds) if task.name not in shown]:
+        console.print(f"Without {', '.join(left_out)}: no network of this config is made so.")
     runner = Runner(experiment, parameters, seeds, tasks)
     if arguments.dry_run:
         for task in tasks:
@@ -163,7 +161,6 @@ def main() -> int:
             f"[red]{len(failed)} of {len(outcomes)} notebooks did not run to their end: {', '.join(failed)}.[/red]"
         )
         return 1
-    everything = plan(seeds, networks=networks)
     outcomes = {task.name: outcomes.get(task.name) or runner.earlier(task) for task in everything}
     manifest = write_manifest(experiment, parameters, seeds, outcomes)
     report = write_report(experiment, manifest, everything, outcomes)

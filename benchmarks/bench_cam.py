@@ -73,8 +73,6 @@ def main() -> None:
     masks = batched(images)
     per_image = {"batched": (time.perf_counter() - begin) / len(images)}
 
-    plain = copy.deepcopy(run.network).eval().to(run.device, memory_format=torch.contiguous_format)
-
     # In the memory format and with the batches of the public code.
     plain = copy.deepcopy(run.network).to(memory_format=torch.contiguous_format)
     found = []

@@ -32,7 +32,8 @@ from ood_helpers.features import _open_shard, shard_path
 from ood_helpers.files import atomic_path, locked, sha256_of_json, write_json
 from ood_helpers.progress import track
 
-CAM_VERSION = 1  # raise it when the same network and images give other maps
+CAM_VERSION = 1  # raise it when the same network and images give other maps, or the same maps other masks
+PIXELS_AT_ONCE = 2**25  # of maps that are made to masks
 SHARD_SIZE = 2048  # images a file; an interrupted pass goes on at one
 ROUNDING = 1e-5  # a map that varies by less than this part of its maximum is constant up to float32 rounding
 
@@ -163,7 +164,7 @@ class ClassMaps:
     def __len__(self) -> int:
         return len(self.classes)
 
-    def fused(self, rows: Rows = None) -> Tensor:
+    def fused(self, rows: Rows = None, device: torch.device | str = "cpu") -> Tensor:
         """The maps of all scales enlarged to the images' size (bilinear) and added up, divided by their maximum + 1e-5.
 
         Returns
@@ -172,7 +173,7 @@ class ClassMaps:
         """
         rows = slice(None) if rows is None else rows
         total = sum(
-            F.interpolate(maps[rows][:, None], self.size, mode="bilinear", align_corners=False)[:, 0]
+            F.interpolate(maps[rows][:, None].to(device), self.size, mode="bilinear", align_corners=False)[:, 0]
             for maps in self.maps
         )
         return total / (total.amax(dim=(1, 2), keepdim=True) + 1e-5)
@@ -228,7 +229,7 @@ class StoredMaps:
         shards = []
         for path in self.shard_paths:
             with _open_shard(path) as shard:
-                shards.append({name: shard.get_tensor(name)[:, column] for name in shard.keys()})  # noqa: SIM118
+                shards.append({name: shard.get_tensor(name)[:, column].clone() for name in shard.keys()})  # noqa: SIM118
         maps = [
             torch.cat([shard[f"maps.{index}"] for shard in shards])
             for index in range(len(self.record["scales"]))
@@ -403,13 +404,20 @@ class PseudoMasks:
             )
 
     @classmethod
-    def of(cls, maps: ClassMaps, config: MasksConfig = MasksConfig(), chunk: int = 2048) -> "PseudoMasks":  # noqa: B008
+    def of(
+        cls,
+        maps: ClassMaps,
+        config: MasksConfig = MasksConfig(),  # noqa: B008 - frozen
+        device: torch.device | str = "cpu",
+        chunk: int | None = None,
+    ) -> "PseudoMasks":
         """foreground = min_max(smoothed(fused maps)) > threshold.
 
         Parameters
         ----------
         config : of which `sigma` (None = H / 32) and `threshold` count
-        chunk : images at a time
+        device : where it is computed
+        chunk : images at a time; None = as many as make 2^25 pixels
 
         A map that is constant, or zero everywhere, gives a mask without foreground; any other has at least a pixel of it,
         whatever the image shows, for the threshold is relative to the map's own range.
@@ -417,10 +425,11 @@ class PseudoMasks:
         Source: the public code of DFB, sigma 4 and threshold 0.5 at 128 x 128 pixels.
         """
         sigma = maps.size[0] / 32 if config.sigma is None else config.sigma
+        chunk = chunk or max(1, PIXELS_AT_ONCE // (maps.size[0] * maps.size[1]))
         bits = []
         for start in range(0, len(maps), chunk):
-            scaled = min_max(smoothed(maps.fused(slice(start, start + chunk)), sigma))
-            bits.append(_packed(scaled > config.threshold))
+            fused = maps.fused(slice(start, start + chunk), device)
+            bits.append(_packed(min_max(smoothed(fused, sigma)) > config.threshold))
         return cls(torch.cat(bits), maps.classes, maps.size)
 
     def __len__(self) -> int:

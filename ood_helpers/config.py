@@ -21,6 +21,7 @@ from pydantic import (
     PositiveInt,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -369,7 +370,7 @@ class FineTuningConfig(Model):
             raise ValueError("class_numbering is for the flat head of a checkpoint; remove it")
         if self.checkpoint is not None:
             used = {"groups", "checkpoint", "class_numbering", "expected_accuracy", "tolerance"}
-            used |= {"method", "background_column"}
+            used |= {"method", "background_column", "masks"}
             for name in sorted(self.model_fields_set - used):
                 raise ValueError(
                     f"{name} has no effect on a checkpoint, which is used as it is; remove one of the two"
@@ -380,7 +381,7 @@ class FineTuningConfig(Model):
             raise ValueError(f"depth {self.depth} trains more than the head; set inputs: images")
         for name in ("resize", "crop_padding", "flip", "micro_batch_size"):
             if getattr(self, name):
-                raise ValueError(f"{name} has no effect on features; remove it, or set inputs: images")
+                raise ValueError(f"{name} has no effect on features; turn it off, or set inputs: images")
         return self
 
     @model_validator(mode="after")
@@ -497,8 +498,15 @@ class DFBAblations(Model):
     )
     recipe: DenseConfig = Field(
         DenseConfig(depth=0, inputs="features", flip=False),
-        description="of all; its masks are those of `dfb` but for what is varied",
+        description="of all: by default the head alone, on feature maps held in memory; the masks are those of `dfb` but for "
+        "what is varied",
     )
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _of_the_head_alone(cls, data: Any) -> Any:
+        head_alone = {"depth": 0, "inputs": "features", "flip": False}
+        return head_alone | dict(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _options_with_an_effect(self) -> "DFBAblations":
@@ -590,6 +598,9 @@ class ExperimentConfig(Model):
             for name in {"detectors", "networks"} & data.keys():
                 if isinstance(data[name], Mapping):
                     data = {**data, name: {key: value or {} for key, value in data[name].items()}}
+            made = data.get("networks")
+            if isinstance(made, Mapping) and isinstance(made.get("dfb"), Mapping):
+                data = {**data, "networks": {**made, "dfb": {"method": "dense", **made["dfb"]}}}
         return data
 
     @model_validator(mode="after")

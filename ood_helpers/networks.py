@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -200,6 +200,7 @@ class Backbone(ExperimentNetwork):
         super().__init__(experiment, experiment.config.name, "backbone")
         self.config = experiment.config.backbone
         self.trained_here = self.config.training is not None
+        self._feature_maps: dict[str, torch.Tensor] = {}
 
     @cached_property
     def network(self) -> Classifier:
@@ -221,6 +222,29 @@ class Backbone(ExperimentNetwork):
         elif self.config.checkpoint is not None:
             load_checkpoint(network, resolve_path(self.config.checkpoint))
         return network.eval().to(run.device)
+
+    def feature_maps(self, name: str) -> torch.Tensor:
+        """The last feature maps [N, D, h, w] of an image set, on the CPU; all in memory, where they stay."""
+        if name not in self._feature_maps:
+            self._feature_maps[name] = self._pass(name)
+        return self._feature_maps[name]
+
+    @torch.no_grad()
+    def _pass(self, name: str) -> torch.Tensor:
+        run, maps, start = self.experiment, None, 0
+        image_set, batch_size = run.image_set(name), pass_batch_size(run.config.features, run.device)
+        with track(
+            description=f"Feature maps of {image_set.name}", total=len(image_set), unit="image"
+        ) as bar:
+            for images in image_batches(image_set, run.transform, 0, len(image_set), batch_size):
+                inputs = run.transform.normalise(images.to(run.device))
+                batch = self.network.feature_map(inputs.contiguous(memory_format=torch.channels_last))
+                if maps is None:
+                    maps = torch.empty(len(image_set), *batch.shape[1:])
+                maps[start : start + len(batch)] = batch
+                start += len(batch)
+                bar.update(len(batch))
+        return maps
 
     @property
     def model_directory(self) -> Path:
@@ -327,9 +351,9 @@ class FineTunedNetwork(ExperimentNetwork):
 
     @property
     def _training_recipe(self) -> FineTuningConfig:
-        """The recipe without what the weights do not depend on; on features where that is the same."""
+        """The recipe without what the weights do not depend on; on features where that is the same and they are in a bank."""
         changes = {"expected_accuracy": None, "tolerance": 0.0}
-        if exact_on_features(self.recipe, len(self.experiment.image_set("train"))):
+        if not isinstance(self.recipe, DenseConfig) and exact_on_features(self.recipe, len(self.experiment.image_set("train"))):
             changes |= {"inputs": "features", "micro_batch_size": None}
         return self.recipe.model_copy(update=changes)
 
@@ -406,6 +430,11 @@ class DenseNetwork(FineTunedNetwork):
             _reorder(head, torch.arange(len(head.bias)).roll(1))
 
     @property
+    def described(self) -> dict:
+        facts = {"method": self.recipe.method, "background_column": self.recipe.background_column}
+        return super().described | ({} if self.trained_here else facts)
+
+    @property
     def approximation(self) -> str:
         reduced = self.trained_here and self.recipe.loss_resolution == "reduced"
         parts = [super().approximation, "loss at the resolution of the feature map" if reduced else ""]
@@ -415,27 +444,13 @@ class DenseNetwork(FineTunedNetwork):
         run, recipe, options = self.experiment, self._training_recipe, self._training_options
         names = ["train", self._held_out]
         sets, masks = zip(
-            *((run.image_set(name), self.masks(name)) if name else (None, None) for name in names)
+            *((run.image_set(name), _LaterMasks(self, name)) if name else (None, None) for name in names)
         )
         if recipe.inputs == "features":
-            maps = [functools.partial(self._backbone_maps, name) if name else None for name in names]
+            maps = [functools.partial(run.backbone.feature_maps, name) if name else None for name in names]
             train_dense_head(network.head, *maps, *sets, recipe, *masks, **options)
         else:
             train_dense(network, *sets, run.transform, recipe, *masks, **options)
-
-    @torch.no_grad()
-    def _backbone_maps(self, name: str) -> torch.Tensor:
-        """The backbone's feature maps [N, D, h, w] of an image set, all in memory."""
-        run, maps = self.experiment, []
-        image_set, batch_size = run.image_set(name), pass_batch_size(run.config.features, run.device)
-        with track(
-            description=f"Feature maps of {image_set.name}", total=len(image_set), unit="image"
-        ) as bar:
-            for images in image_batches(image_set, run.transform, 0, len(image_set), batch_size):
-                inputs = run.transform.normalise(images.to(run.device))
-                maps.append(run.network.feature_map(inputs.contiguous(memory_format=torch.channels_last)))
-                bar.update(len(images))
-        return torch.cat(maps)
 
     def masks(self, name: str) -> PseudoMasks:
         """The pseudo masks of an image set, from the class activation maps of the backbone."""
@@ -443,7 +458,8 @@ class DenseNetwork(FineTunedNetwork):
         key = sha256_of_json(self.recipe.masks.model_dump())[:SHORT]
         path = maps.directory / f"masks-{key}.safetensors"
         if not path.exists():
-            PseudoMasks.of(maps.load(self.recipe.masks.label), self.recipe.masks).save(path)
+            loaded = maps.load(self.recipe.masks.label)
+            PseudoMasks.of(loaded, self.recipe.masks, self.experiment.device).save(path)
         return PseudoMasks.load(path)
 
     def maps(self, name: str) -> ClassMaps:
@@ -454,19 +470,14 @@ class DenseNetwork(FineTunedNetwork):
         return self.experiment.backbone.activation_maps(name, self.recipe.masks)
 
     def segmentation(self, name: str) -> dict[str, float]:
-        """Pixel accuracy, mean class accuracy and mIoU (percent) against the pseudo masks of a labelled image set, with
-        the loss and the accuracy of the classifier of images."""
-        run = self.experiment
-        batch_size = pass_batch_size(run.config.features, run.device)
-        return evaluate_dense(
-            self.network,
-            run.image_set(name),
-            self.masks(name),
-            run.transform,
-            batch_size,
-            run.device,
-            self.recipe,
+        """Pixel accuracy, mean class accuracy and miou against the pseudo masks of a labelled image set, and the accuracy
+        of the classifier of images, in percent."""
+        run, recipe = self.experiment, self.recipe
+        batch_size = recipe.micro_batch_size or recipe.batch_size
+        values = evaluate_dense(
+            self.network, run.image_set(name), self.masks(name), run.transform, batch_size, run.device
         )
+        return {key: value for key, value in values.items() if key != "loss"}
 
     def images(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Images of a set as the network is shown them, uint8 [n, H, W, 3]."""
@@ -489,6 +500,19 @@ class DenseNetwork(FineTunedNetwork):
 
     def bank(self, name: str) -> ForegroundBank:
         return ForegroundBank(super().bank(name))
+
+
+class _LaterMasks:
+    """The masks of an image set, made when they are first looked at: a training that is finished does not."""
+
+    def __init__(self, network: DenseNetwork, name: str) -> None:
+        self._make = functools.cache(functools.partial(network.masks, name))
+
+    def __len__(self) -> int:
+        return len(self._make())
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._make(), attribute)
 
 
 def _reorder(head: torch.nn.Linear, columns: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ood_helpers import features, groups, metrics, networks, plots, results
+from ood_helpers import features, foreground, groups, metrics, networks, plots, results
 from ood_helpers.backbones import ARCHITECTURES, Classifier, weights_fingerprint
 from ood_helpers.config import (
     PROJECT_ROOT,
@@ -109,6 +109,11 @@ class Experiment:
                 f"detectors.{row}: {detector.title} scores a network with a background class, but the network "
                 f"{detector.network or 'of the backbone'} has none; name one with method: dense."
             )
+        if isinstance(detector, DFB) and detector.temperature is None and detector.needs_images:
+            raise InputError(
+                f"detectors.{row}: temperature is null and its host needs images, expected a number: the banks of the "
+                "training images, from which it would be learned, hold none; give one."
+            )
         grouped = recipe is not None and recipe.groups is not None
         if grouped != detector.group_softmax:
             kinds = ["a flat softmax", "a group softmax"]
@@ -123,6 +128,8 @@ class Experiment:
         blocks, ablations = len(ARCHITECTURES[architecture].blocks), self.config.mos_ablations
         depths = {f"networks.{name}.depth": recipe.depth for name, recipe in self.config.networks.items()}
         depths |= {"mos_ablations.depths": max(ablations.depths, default=0)} if ablations else {}
+        if self.config.dfb_ablations:
+            depths["dfb_ablations.recipe.depth"] = self.config.dfb_ablations.recipe.depth
         for key, depth in depths.items():
             if depth > blocks:
                 raise InputError(
@@ -414,9 +421,11 @@ class Experiment:
         return {"group": group, "flat": FineTuningConfig(), "dfb": DenseConfig()} | self.config.networks
 
     @property
-    def used_networks(self) -> set[str]:
-        """Those that the config describes or that a row scores."""
-        return {*self.config.networks, *(detector.network for detector in self.detectors.values())}
+    def training_methods(self) -> set[str]:
+        """How the networks are made that the config describes or a row scores: `classifier`, `dense`."""
+        scored = {detector.network for detector in self.detectors.values() if detector.network}
+        used = (self.networks[name] for name in {*self.config.networks, *scored})
+        return {getattr(recipe, "method", "classifier") for recipe in used}
 
     def fine_tuned(self, network: str | FineTuningConfig) -> FineTunedNetwork:
         """A network made from the backbone, by its name in `networks` or by a recipe; trained when first asked for.
@@ -497,12 +506,13 @@ class Experiment:
         return detector
 
     def _unfitted(self, row: str) -> Detector:
-        if row in self.detectors:
-            return self.detectors[row]
+        if row in self.detectors or row in self._defaults:
+            return self.detectors.get(row) or self._defaults[row]
         if row not in DETECTORS:
             rows = [*self.detectors, *self.tuned_rows, *DETECTORS]
             raise InputError(f"No detector {row!r} in {self.config.name}; {nearest(row, rows)}")
-        return self._defaults.setdefault(row, create(row))
+        self._defaults[row] = create(row)
+        return self._defaults[row]
 
     def _fit(self, detector: Detector, train_bank: Bank | None = None) -> float:
         """Fit a detector; returns the seconds, with those of what it computes at its first score."""
@@ -636,26 +646,30 @@ class Experiment:
         return table, results.mean_table(table, resamples)
 
     def dfb_parts(self, row: str) -> dict[str, str]:
-        """The rows that show what a row of DFB consists of, as far as the config has them: "host on the backbone",
-        "S_foreground" (the host on the network of DFB), "S_background" and "S", the row itself."""
+        """The rows that a row of DFB is to be seen with: "host on the backbone", "S_foreground" (the host on the network of
+        DFB), "S_background", and "S", the row itself. What the config does not list is made, as rows of no table."""
         detector = self._unfitted(row)
-        host = detector.make_host()
-
-        def row_of(like: Detector, network: str) -> str | None:
-            for name, other in self.detectors.items():
-                same = type(other) is type(like) and other.hyperparameters() == like.hyperparameters()
-                if same and other.network == network:
-                    return name
-            return None
-
+        host, network = detector.make_host(), detector.network
         background = DFBBackground(sigma=detector.sigma, background=detector.background)
-        found = {
-            "host on the backbone": row_of(host, ""),
-            "S_foreground": row_of(host, detector.network),
-            "S_background": row_of(background, detector.network),
-            "S": row,
+        background.label += f" of {detector.label}"
+        wanted = {
+            "host on the backbone": (host, "", host.label),
+            "S_foreground": (detector.make_host(), network, f"{host.label} ({network})"),
+            "S_background": (background, network, background.label),
         }
-        return {part: name for part, name in found.items() if name is not None}
+        found = {}
+        for part, (like, name, label) in wanted.items():
+            like.network, like.label = name, label
+            same = [
+                key
+                for key, other in self.detectors.items()
+                if (type(other), other.hyperparameters(), other.network)
+                == (type(like), like.hyperparameters(), name)
+            ]
+            found[part] = same[0] if same else f"{row}, {part}"
+            if not same:
+                self._defaults.setdefault(found[part], like)
+        return found | {"S": row}
 
     def others_probability(self, network: FineTunedNetwork) -> pd.DataFrame:
         """How probable "others" is in each group of a network with a group softmax, for the images of every set.
@@ -760,6 +774,8 @@ class Experiment:
     def _score_fingerprint(self, row: str) -> str:
         base = self._unfitted(self._base(row))
         choice, code = [], [_code_of(type(base))]
+        if base.network and isinstance(self.networks[base.network], DenseConfig):
+            code.append(_hash_of([foreground]))
         if isinstance(base, DFB):
             code.append(_code_of(type(base.make_host())))
         if base.needs_validation or row in self.tuned_rows:  # the metrics have a say in what is chosen
@@ -800,8 +816,11 @@ class Experiment:
         scores, seconds = {}, {}
         for name in ("test", *self._sets_of(row)):
             begin = time.perf_counter()
-            scores[name] = detector.score_samples(self._bank_for(detector, name)).cpu().numpy()
+            bank = self._bank_for(detector, name)
+            scores[name] = detector.score_samples(bank).cpu().numpy()
             seconds[name] = time.perf_counter() - begin
+            if isinstance(detector, DFB):  # its host's scores may be those of an earlier row
+                seconds[name] = max(seconds[name], detector.host_seconds(bank))
         settings, tuned_on = detector.hyperparameters(), detector.tuned_on
         if detector.network:
             settings["network"] = {"name": detector.network} | self.fine_tuned(detector.network).described
@@ -1040,8 +1059,8 @@ def _rows(bank: FeatureBank, rows: Any) -> FeatureBank:
 
 def _code_of(detector_class: type[Detector]) -> str:
     """SHA-256 over the code a score depends on, so that changed code is run again: the detector's module, those of
-    this package's detectors, groups and background class that it imports, and the reading of banks."""
-    package, found = ("ood_helpers.detectors.", "ood_helpers.groups", "ood_helpers.foreground"), {}
+    this package's detectors and groups that it imports, and the reading of banks."""
+    package, found = ("ood_helpers.detectors.", "ood_helpers.groups"), {}
     waiting = [sys.modules[detector_class.__module__]]
     while waiting:
         module = waiting.pop()

@@ -1,7 +1,7 @@
 """Running the notebooks headlessly: which, in which order, with which parameters, and what is up to date.
 
 A notebook says in its metadata what it needs: {"ood": {"needs": ["03_precompute"], "per_seed": true}}; `after`
-names notebooks it only waits for, `network` one of the experiment's networks without which it has nothing to show.
+names notebooks it only waits for, `method` how a network is made without which it has nothing to show.
 Papermill executes it into runs/<experiment>/notebooks/; a record beside it holds the fingerprint of all it
 depends on (its cells, its parameters, the config, the package, the image sets), so a second run executes
 only what changed.
@@ -62,14 +62,15 @@ def notebook_names() -> list[str]:
 
 
 def plan(
-    seeds: Iterable[int], only: Iterable[str] | None = None, networks: Collection[str] | None = None
+    seeds: Iterable[int], only: Iterable[str] | None = None, methods: Collection[str] | None = None
 ) -> list[Task]:
     """The tasks of a run in dependency order.
 
     Parameters
     ----------
     only : these notebooks and no others
-    networks : those of the experiment; a notebook about another one is left out, unless `only` names it. None = any
+    methods : how the networks of the experiment are made; a notebook about another way is left out, unless `only` names
+        it. None = any
 
     Raises
     ------
@@ -84,7 +85,7 @@ def plan(
         if only and name not in only:
             continue
         about = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).metadata.get("ood", {})
-        if not only and networks is not None and about.get("network", "") not in {"", *networks}:
+        if not only and methods is not None and about.get("method", "") not in {"", *methods}:
             continue
         per_seed = about.get("per_seed", False)
         for seed in seeds if per_seed else seeds[:1]:

@@ -30,6 +30,8 @@ METHODS = [
     "MSP", "MaxLogit", "Energy", "GEN", "KL matching", "ODIN", "GradNorm", "Mahalanobis", "Mahalanobis (ensemble)",
     "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe", "MOS",
     "MSP (flat)", "ODIN (flat)", "Energy (flat)", "Mahalanobis (ensemble, flat)", "KL matching (flat)",
+    "MSP (T = 2)", "MSP (dfb)", "MSP (T = 2, dfb)", "ODIN (dfb)", "Energy (dfb)", "ViM (dfb)", "DFB background",
+    "MSP + DFB", "MSP (T = 2) + DFB", "ODIN + DFB", "Energy + DFB", "ViM + DFB",
     "ReAct (tuned)", "LINe (tuned)",
 ]  # fmt: skip
 SMALL = [
@@ -43,6 +45,8 @@ SMALL = [
     "mahalanobis_flat.noise_grid=[0.0]",
     "networks.group.schedule=[10, 20, 30, 40, 50]",
     "networks.flat.schedule=[10, 20, 30, 40, 50]",
+    "networks.dfb.schedule=[2, 4, 6, 8, 10]",
+    "networks.dfb.masks.scales=[1.0]",
     "tuning.images.count=100",
     "tuning.grids={react: {percentile: [70.0, 99.0]}, line: {delta: [0.5, null], weight_percentile: [10, 90]}}",
     *(f"ood.{name}.images.count=80" for name in ("letters", "chimeras", "photographs", "textures", "noise")),

@@ -1,5 +1,6 @@
 """DFB: any score of the foreground classes, joined with the logit of a background class."""
 
+import time
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
 from math import inf, isfinite
@@ -226,11 +227,23 @@ class DFB(_WithBackground):
 
     def foreground_scores(self, bank: Bank | ForegroundBank) -> Tensor:
         """S_fg [N] of a bank, float64: the score of the host; raises like `score_samples`."""
-        host, place = self.host_, _place(bank)
+        host = self.host_
         self._check_network(bank)
-        if place is None:
+        if _place(bank) is None:
             return host.score_samples(bank)
-        return self._cached(("scores", repr(host), place), lambda: host.score_samples(bank)).clone()
+        return self._host_scores(host, bank)[0].clone()
+
+    def host_seconds(self, bank: Bank | ForegroundBank) -> float:
+        """Seconds that the host took for the scores of a bank on disk that `foreground_scores` keeps; else 0."""
+        return 0.0 if _place(bank) is None else self._host_scores(self.host_, bank)[1]
+
+    def _host_scores(self, host: Detector, bank: Bank | ForegroundBank) -> tuple[Tensor, float]:
+        def compute() -> tuple[Tensor, float]:
+            begin = time.perf_counter()
+            scores = host.score_samples(bank)
+            return scores, time.perf_counter() - begin
+
+        return self._cached(("scores", repr(host), _place(bank)), compute)
 
     def score_samples(self, bank: Bank | ForegroundBank) -> Tensor:
         """Scores [N] of a bank's samples, in order; higher = more in-distribution.

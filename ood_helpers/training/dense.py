@@ -23,6 +23,7 @@ from ood_helpers.backbones import Classifier
 from ood_helpers.config import DenseConfig
 from ood_helpers.data import ImageSet, Transform
 from ood_helpers.errors import InputError
+from ood_helpers.training import loop
 from ood_helpers.training.classifier import augment, check_labels, load_images, percent_correct, to_network
 from ood_helpers.training.fine_tuning import freeze_but, train_by_recipe, training_geometry
 
@@ -84,10 +85,7 @@ def dense_losses(
 
     Source: the focal variant is that of the public code of DFB, on a mean and not on pixels.
     """
-    if config.loss_resolution == "full":
-        logits = _enlarged(logits, targets.shape[1:])
-    else:
-        targets = _nearest(targets, logits.shape[2:])
+    logits, targets = _of_one_size(logits, targets, config)
     factors = None
     if weights is not None:
         factors = logits.new_full((logits.shape[1],), weights[0])
@@ -95,6 +93,12 @@ def dense_losses(
     losses = F.cross_entropy(logits, targets, factors, ignore_index=IGNORED, reduction="none")
     losses = losses.sum(dim=(1, 2)) / (targets != IGNORED).sum(dim=(1, 2)).clamp(min=1)
     return (1 - torch.exp(-losses)) ** 2 * 0.5 * losses if config.loss == "focal" else losses
+
+
+def _of_one_size(logits: Tensor, targets: Tensor, config: DenseConfig) -> tuple[Tensor, Tensor]:
+    if config.loss_resolution == "full":
+        return _enlarged(logits, targets.shape[1:]), targets
+    return logits, _nearest(targets, logits.shape[2:])
 
 
 def confusion(logits: Tensor, targets: Tensor) -> Tensor:
@@ -148,7 +152,7 @@ def train_dense(
     -------
     One row for each of about 20 evaluations: epoch (its number), step, learning_rate, train_loss, train_pixel_accuracy,
     train_accuracy and, with a validation set, validation_<value> for all of `evaluate_dense`; in percent but for the
-    losses. With mixup the training's accuracies are those of the mixed inputs, of their first targets.
+    losses. Pixels of the training are those of the loss, of the feature map's where it is reduced. With mixup the training's accuracies are those of the mixed inputs, of their first targets.
 
     Raises
     ------
@@ -157,7 +161,7 @@ def train_dense(
         images, or a loss that is not finite
     """
     background, batch_size = network.num_classes - 1, config.micro_batch_size or config.batch_size
-    for image_set, its_masks in _sets_with_masks(train, validation, masks, validation_masks):
+    for image_set, its_masks in _sets_with_masks(train, validation, masks, validation_masks, directory):
         _check_masks(its_masks, image_set, background)
         _check_size(its_masks, image_set, transform)
     if config.resize is not None and not _shows_whole_images(transform, train):
@@ -187,7 +191,7 @@ def train_dense(
         load,
         dense_logits,
         lambda logits, targets: dense_losses(logits, targets, config, weights()),
-        _values,
+        functools.partial(_values, config),
         None if validation is None else validate,
         len(train),
         config,
@@ -228,7 +232,7 @@ def train_dense_head(
     InputError : as `train_dense`, or another number of feature maps than of images
     """
     background, batch_size = head.out_features - 1, config.micro_batch_size or config.batch_size
-    for image_set, its_masks in _sets_with_masks(train, validation, masks, validation_masks):
+    for image_set, its_masks in _sets_with_masks(train, validation, masks, validation_masks, directory):
         _check_masks(its_masks, image_set, background)
     weights = _weights_of(masks, config)
 
@@ -241,13 +245,12 @@ def train_dense_head(
                 f"Found {len(its_maps)} feature maps for the {len(image_set)} images of {image_set.name}, expected one an "
                 "image; make them from this set."
             )
-        return its_maps.to(device), torch.as_tensor(image_set.labels, device=device), its_masks
+        return its_maps, torch.as_tensor(image_set.labels), its_masks
 
     def batch(rows: Tensor, validating: bool) -> tuple[Tensor, Tensor, Tensor]:
         its_maps, labels, its_masks = samples(validating)
         targets = _targets(_coded(its_masks, rows), its_masks.classes[rows], background, device)
-        rows = rows.to(device)
-        return its_maps[rows], targets, labels[rows]
+        return its_maps[rows].to(device), targets, labels[rows].to(device)
 
     def validate(head: nn.Module) -> dict[str, float]:
         parts = torch.arange(len(validation)).split(batch_size)
@@ -259,7 +262,7 @@ def train_dense_head(
         lambda rows, _generator: batch(rows, validating=False),
         on_map,
         lambda logits, targets: dense_losses(logits, targets, config, weights()),
-        _values,
+        functools.partial(_values, config),
         None if validation is None else validate,
         len(train),
         config,
@@ -320,9 +323,10 @@ def _evaluate(batches: Batches, config: DenseConfig, weights: Weights | None) ->
     return {"loss": total / images, **segmentation_metrics(counts), "accuracy": 100 * correct / images}
 
 
-def _values(logits: Tensor, targets: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def _values(config: DenseConfig, logits: Tensor, targets: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    compared, targets = _of_one_size(logits, targets, config)
     counted = targets != IGNORED
-    correct = (_enlarged(logits, targets.shape[1:]).argmax(dim=1) == targets).sum(dim=(1, 2))
+    correct = (compared.argmax(dim=1) == targets).sum(dim=(1, 2))
     return {
         "pixel_accuracy": 100 * (correct / counted.sum(dim=(1, 2)).clamp(min=1)).mean(),
         "accuracy": percent_correct(_foreground_logits(logits), labels),
@@ -391,11 +395,18 @@ def _weights_of(masks: Masks, config: DenseConfig) -> Callable[[], Weights | Non
 
 
 def _sets_with_masks(
-    train: ImageSet, validation: ImageSet | None, masks: Masks, validation_masks: Masks | None
+    train: ImageSet,
+    validation: ImageSet | None,
+    masks: Masks,
+    validation_masks: Masks | None,
+    directory: Path,
 ) -> list[tuple[ImageSet, Masks]]:
+    """The sets whose masks are to be checked: none where the training is finished, whose masks are not read."""
     if (validation is None) != (validation_masks is None):
         alone = "masks without validation images" if validation is None else "validation images without masks"
         raise InputError(f"Found {alone}, expected both or none; give the other, too.")
+    if loop.finished(Path(directory)):
+        return []
     return [(train, masks), *([] if validation is None else [(validation, validation_masks)])]
 
 

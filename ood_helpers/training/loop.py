@@ -28,6 +28,11 @@ TRAINING_VERSION = 1  # raise it when the same settings and images give other we
 STEPS_BETWEEN_CHECKS = 50  # looking at the loss waits for the GPU
 
 
+def finished(directory: Path) -> bool:
+    """Whether a training in this directory has ended, so that its weights would be loaded."""
+    return (directory / "weights.safetensors").exists() and (directory / "history.csv").exists()
+
+
 def train(
     network: nn.Module,
     epoch_batches: EpochBatches,
@@ -99,7 +104,7 @@ def train(
         sort_keys=True,
     )
     network.to(device=device, memory_format=torch.channels_last)
-    if weights_path.exists() and history_path.exists():
+    if finished(directory):
         _load_weights(network, weights_path, signature)
         state_path.unlink(missing_ok=True)
         network.eval()

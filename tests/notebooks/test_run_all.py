@@ -17,9 +17,12 @@ METHODS = {
     "MSP", "MaxLogit", "Energy", "GEN", "KL matching", "ODIN", "GradNorm", "Mahalanobis", "Mahalanobis (ensemble)",
     "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe", "MOS",
     "MSP (flat)", "ODIN (flat)", "Energy (flat)", "Mahalanobis (ensemble, flat)", "KL matching (flat)",
+    "MSP (T = 2)", "MSP (dfb)", "MSP (T = 2, dfb)", "ODIN (dfb)", "Energy (dfb)", "ViM (dfb)", "DFB background",
+    "MSP + DFB", "MSP (T = 2) + DFB", "ODIN + DFB", "Energy + DFB", "ViM + DFB",
 }  # fmt: skip
 TUNED = {
     "GEN", "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe",
+    "MSP + DFB", "MSP (T = 2) + DFB", "ODIN + DFB", "Energy + DFB", "ViM + DFB",
 }  # fmt: skip
 FEW_STEPS = [
     "networks.group.schedule=[5, 10, 15, 20, 25]",
@@ -27,6 +30,12 @@ FEW_STEPS = [
     "networks.group.learning_rate=0.1",
     "networks.flat.learning_rate=0.1",
     "mos_ablations.depth_recipe.schedule=[1, 2, 3, 4, 5]",
+    "networks.dfb.schedule=[1, 2, 3, 4, 5]",
+    "networks.dfb.batch_size=32",
+    "networks.dfb.learning_rate=0.03",
+    "networks.dfb.masks.scales=[1.0]",
+    "dfb_ablations.thresholds=[0.5]",
+    "dfb_ablations.recipe.schedule=[5, 10, 15, 20, 25]",
 ]
 
 
@@ -67,6 +76,14 @@ def check_outputs(folder, name, sets, related):
     assert set(manifest["outputs"]) == figures - {"manifest.json"}
     stems = ["12_line_masks", "11_himplos_logits", "30_results", "03_precompute_projection"]
     stems += ["13_mos_groups", "13_mos_others", "13_mos_grouping", "13_mos_depth", "13_mos_number_of_groups"]
+    stems += [
+        "14_dfb_masks",
+        "14_dfb_overlays",
+        "14_dfb_parts",
+        "14_dfb_hosts_auroc",
+        "14_dfb_background_weight",
+    ]
+    stems += ["14_dfb_foreground_share", "14_dfb_training", "14_dfb_which_masks"]
     stems += ["20_ablations_sensitivity", "20_ablations_sample_size", "30_results_paired_differences"]
     for stem in [
         *stems,
@@ -78,7 +95,7 @@ def check_outputs(folder, name, sets, related):
         assert {f"{stem}.png", f"{stem}.svg"} <= figures
     for suffix in ("csv", "md", "tex"):
         assert {f"30_results_fpr95.{suffix}", f"30_results_tuned_auroc.{suffix}"} <= figures
-        assert f"13_mos_grouping_fpr95.{suffix}" in figures
+        assert {f"13_mos_grouping_fpr95.{suffix}", f"14_dfb_hosts_auroc.{suffix}"} <= figures
     report = (folder / "runs" / name / "report.html").read_text()
     for link in re.findall(r'href="(notebooks/[^"]+)"', report):
         assert (folder / "runs" / name / link).exists()
