@@ -277,7 +277,7 @@ def test_a_missing_checkpoint_is_found_before_anything_runs(folder):
 def test_devkit_columns_come_into_the_order_of_labels():
     head = torch.nn.Linear(2, 1000)
     before = head.weight.detach().clone()
-    module._reorder(head)
+    module._reorder(head, torch.from_numpy(module.devkit_to_sorted()))
     order = module.devkit_to_sorted()
     assert order[0] == 278 and order[448] == 0  # n02119789 is the devkit's first, n01440764 its 449th
     assert torch.equal(head.weight[278], before[0]) and torch.equal(head.weight[0], before[448])

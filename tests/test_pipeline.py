@@ -450,7 +450,7 @@ def one_sentence(error) -> str:
 
 
 def test_the_npz_experiment_works_before_it_is_spoilt(spoilt):
-    assert len(spoilt[1]().collect_results()) == 24 * 2
+    assert len(spoilt[1]().collect_results()) == 36 * 2
 
 
 def test_with_a_checkpoint_a_seed_changes_nothing(spoilt, monkeypatch):

@@ -45,4 +45,4 @@ def test_networks_of_the_readme_are_valid(tmp_path):
     run = Experiment.open(tmp_path / "readme.yaml")
     assert set(run.networks) == set(section["networks"])
     labels = [detector.label for detector in run.detectors.values()]
-    assert labels == ["MOS", "MOS (kmeans)", "MSP (flat)", "Energy + DFB", "Energy (dfb)"]
+    assert labels == ["Energy + DFB", "Energy (dfb)", "MOS", "MOS (kmeans)", "MSP (flat)"]
