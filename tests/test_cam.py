@@ -520,3 +520,15 @@ def test_published_densenet_on_cifar10(shared):
     assert [tuple(maps.shape[1:]) for maps in result.maps] == [(8, 8), (4, 4), (12, 12), (16, 16)]
     share = PseudoMasks.of(result).share()
     assert ((share > 0.02) & (share < 0.9)).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_the_cpu(network, tmp_path):
+    images, stored = image_set(), {}
+    for device in ("cpu", "cuda"):
+        stored[device] = stored_maps(network, images, TRANSFORM, tmp_path / device, device=device)
+    for ours, theirs in zip(stored["cpu"].load().maps, stored["cuda"].load().maps):
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
+    maps = stored["cpu"].load()
+    on_cpu, on_cuda = PseudoMasks.of(maps), PseudoMasks.of(maps, device="cuda")
+    assert (on_cpu.foreground() != on_cuda.foreground()).double().mean() < 0.01  # pixels at the threshold

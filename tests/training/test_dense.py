@@ -112,6 +112,7 @@ def run(
     masks=MASKS,
     held_out=(None, None),
     transform=TRANSFORM,
+    device="cpu",
     **settings,
 ):
     return train_dense(
@@ -123,7 +124,7 @@ def run(
         masks,
         held_out[1],
         seed=1,
-        device="cpu",
+        device=device,
         directory=directory,
     )
 
@@ -576,3 +577,10 @@ def test_another_number_of_maps_is_refused(tmp_path):
     network = make_network()
     with pytest.raises(InputError, match="49 feature maps for the 50 images of pictures"):
         run_head(tmp_path, network.head, lambda: maps_of(network, PICTURES)[:49])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_trains_as_the_cpu_does(tmp_path):
+    held_out = (HELD_OUT, HELD_OUT_MASKS)
+    histories = [run(tmp_path / device, device=device, held_out=held_out) for device in ("cpu", "cuda")]
+    torch.testing.assert_close(*(Tensor(history.values) for history in histories), rtol=2e-2, atol=0.5)
