@@ -108,6 +108,12 @@ def test_another_setting_is_another_network(run, change):
     assert other.model_directory != run.fine_tuned("dfb").model_directory
 
 
+def test_a_network_may_be_asked_for_first_where_there_are_no_gradients(run):
+    network = run.fine_tuned(HEAD_ONLY.model_copy(update={"schedule": (1, 2, 3, 4, 5)}))
+    with torch.no_grad():
+        assert network.training_history.train_loss.notna().all()
+
+
 def test_other_masks_of_the_same_maps_are_other_files(run):
     network = run.fine_tuned("dfb")
     wide = run.fine_tuned(network.recipe.model_copy(update={"masks": MasksConfig(threshold=0.2)}))

@@ -130,6 +130,7 @@ def train(
 
     with (
         track(description=description, total=epochs, unit=unit) as bar,
+        torch.enable_grad(),  # a network is trained when it is first asked for, perhaps where there are no gradients
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
     ):
