@@ -173,7 +173,9 @@ class ClassMaps:
         """
         rows = slice(None) if rows is None else rows
         total = sum(
-            F.interpolate(maps[rows][:, None].to(device), self.size, mode="bilinear", align_corners=False)[:, 0]
+            F.interpolate(maps[rows][:, None].to(device), self.size, mode="bilinear", align_corners=False)[
+                :, 0
+            ]
             for maps in self.maps
         )
         return total / (total.amax(dim=(1, 2), keepdim=True) + 1e-5)

@@ -353,7 +353,9 @@ class FineTunedNetwork(ExperimentNetwork):
     def _training_recipe(self) -> FineTuningConfig:
         """The recipe without what the weights do not depend on; on features where that is the same and they are in a bank."""
         changes = {"expected_accuracy": None, "tolerance": 0.0}
-        if not isinstance(self.recipe, DenseConfig) and exact_on_features(self.recipe, len(self.experiment.image_set("train"))):
+        if not isinstance(self.recipe, DenseConfig) and exact_on_features(
+            self.recipe, len(self.experiment.image_set("train"))
+        ):
             changes |= {"inputs": "features", "micro_batch_size": None}
         return self.recipe.model_copy(update=changes)
 
@@ -478,6 +480,22 @@ class DenseNetwork(FineTunedNetwork):
             self.network, run.image_set(name), self.masks(name), run.transform, batch_size, run.device
         )
         return {key: value for key, value in values.items() if key != "loss"}
+
+    @torch.no_grad()
+    def position_accuracy(self, name: str) -> float:
+        """Percent of images classified correctly by the probabilities of the classes, averaged over the positions, of
+        which those of the background have little: what the mean of the logits loses shows beside `id_accuracy`."""
+        run, network, correct, start = self.experiment, self.network, 0, 0
+        image_set, batch_size = run.image_set(name), pass_batch_size(run.config.features, run.device)
+        for images in image_batches(image_set, run.transform, 0, len(image_set), batch_size):
+            inputs = run.transform.normalise(images.to(run.device))
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            classes = dense_logits(network, inputs).softmax(dim=1)[:, :-1].mean(dim=(2, 3)).argmax(dim=1)
+            correct += int(
+                (classes.cpu() == torch.as_tensor(image_set.labels[start : start + len(images)])).sum()
+            )
+            start += len(images)
+        return 100 * correct / len(image_set)
 
     def images(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Images of a set as the network is shown them, uint8 [n, H, W, 3]."""

@@ -12,7 +12,7 @@ this kit's reading of what the abstract and unused parts of that code say.
 import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -25,7 +25,7 @@ from ood_helpers.data import ImageSet, Transform
 from ood_helpers.errors import InputError
 from ood_helpers.training import loop
 from ood_helpers.training.classifier import augment, check_labels, load_images, percent_correct, to_network
-from ood_helpers.training.fine_tuning import freeze_but, train_by_recipe, training_geometry
+from ood_helpers.training.fine_tuning import Evaluate, Load, freeze_but, train_by_recipe, training_geometry
 
 IGNORED = -1  # target of a pixel outside the image: padding of a random crop
 OUTSIDE, BACKGROUND, FOREGROUND = 0, 1, 2  # of a mask on its way through augment, whose padding is 0
@@ -186,20 +186,10 @@ def train_dense(
             network, validation, validation_masks, transform, batch_size, device, config, weights()
         )
 
-    history = train_by_recipe(
-        network,
-        load,
-        dense_logits,
-        lambda logits, targets: dense_losses(logits, targets, config, weights()),
-        functools.partial(_values, config),
-        None if validation is None else validate,
-        len(train),
-        config,
-        seed=seed,
-        device=device,
-        directory=directory,
-        description="Dense training",
-        settings={"background_index": background},
+    options = {"seed": seed, "device": device, "directory": directory}
+    validate = None if validation is None else validate
+    history = _train(
+        network, load, dense_logits, validate, len(train), config, weights, background, **options
     )
     network.requires_grad_(True)
     return history
@@ -257,18 +247,35 @@ def train_dense_head(
         batches = (batch(rows, validating=True) for rows in parts)
         return _evaluate(((on_map(head, inputs), *others) for inputs, *others in batches), config, weights())
 
+    def load(rows: Tensor, _generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        return batch(rows, validating=False)
+
+    options = {"seed": seed, "device": device, "directory": directory}
+    validate = None if validation is None else validate
+    return _train(head, load, on_map, validate, len(train), config, weights, background, **options)
+
+
+def _train(
+    network: nn.Module,
+    load: Load,
+    logits_of: Callable[[nn.Module, Tensor], Tensor],
+    validate: Evaluate | None,
+    images: int,
+    config: DenseConfig,
+    weights: Callable[[], Weights | None],
+    background: int,
+    **options: Any,
+) -> pd.DataFrame:
     return train_by_recipe(
-        head,
-        lambda rows, _generator: batch(rows, validating=False),
-        on_map,
+        network,
+        load,
+        logits_of,
         lambda logits, targets: dense_losses(logits, targets, config, weights()),
         functools.partial(_values, config),
-        None if validation is None else validate,
-        len(train),
+        validate,
+        images,
         config,
-        seed=seed,
-        device=device,
-        directory=directory,
+        **options,
         description="Dense training",
         settings={"background_index": background},
     )
