@@ -813,6 +813,8 @@ class Experiment:
 
     def _score(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
         detector = self.detector(row)
+        if isinstance(detector, DFB):
+            self._share_foreground_scores(row, detector)
         scores, seconds = {}, {}
         for name in ("test", *self._sets_of(row)):
             begin = time.perf_counter()
@@ -836,6 +838,16 @@ class Experiment:
             "seconds": seconds,
         }
         return scores, facts
+
+    def _share_foreground_scores(self, row: str, detector: DFB) -> None:
+        """S_foreground is a row of its own: where its host is costly, it is scored once for both."""
+        foreground = self.dfb_parts(self._base(row))["S_foreground"]
+        if detector.make_host().hyperparameters() != self._unfitted(foreground).hyperparameters():
+            return  # tuned to another host
+        scores, facts = self._scored(foreground)
+        for name in ("test", *self._sets_of(row)):
+            bank, seconds = self._bank_for(detector, name), facts["seconds"][name]
+            detector.keep_foreground_scores(bank, torch.from_numpy(scores[name]), seconds)
 
     def _evaluated(self, row: str) -> tuple[dict[str, np.ndarray], dict]:
         """The bootstrap resamples {"fpr95/<set>": [R], "auroc/<set>": [R]} of a row and its lines of the results."""

@@ -180,6 +180,16 @@ def test_a_tuned_row_costs_what_its_host_costs(run):
     )
 
 
+def test_the_foreground_is_scored_once_for_its_row_and_the_sum(run, folder, monkeypatch):
+    run.results(["odin_dfb"])
+    other = small(folder, "detectors.dfb_odin.sigma=-1")
+    monkeypatch.setattr("ood_helpers.detectors.odin.ODIN._score", lambda *_: pytest.fail("scored again"))
+    first, background, total = (
+        other.scores(name)[1]["noise"] for name in ("odin_dfb", "dfb_background", "dfb_odin")
+    )
+    np.testing.assert_allclose(total, first - background, rtol=1e-9)
+
+
 def test_networks_are_compared_by_a_given_detector(run):
     recipes = {"half": HEAD_ONLY, "low": HEAD_ONLY.model_copy(update={"masks": MasksConfig(threshold=0.2)})}
     table, means = run.compare_networks(recipes, create("dfb", host="energy", temperature=None))

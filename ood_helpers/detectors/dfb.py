@@ -237,6 +237,10 @@ class DFB(_WithBackground):
         """Seconds that the host took for the scores of a bank on disk that `foreground_scores` keeps; else 0."""
         return 0.0 if _place(bank) is None else self._host_scores(self.host_, bank)[1]
 
+    def keep_foreground_scores(self, bank: Bank | ForegroundBank, scores: Tensor, seconds: float) -> None:
+        """Take the host's scores [N] of a bank on disk, and the seconds they took, from elsewhere."""
+        self._cache[("scores", repr(self.host_), _place(bank))] = scores, seconds
+
     def _host_scores(self, host: Detector, bank: Bank | ForegroundBank) -> tuple[Tensor, float]:
         def compute() -> tuple[Tensor, float]:
             begin = time.perf_counter()
