@@ -195,13 +195,21 @@ def test_real_cifar10_run_from_images_to_the_report(shared, tmp_path):
     assert status == 0, output
     results = check_outputs(tmp_path, "cifar10_npz", sets, related={"Tiny-ImageNet"})
     heads = results.method.str.contains("flat") | (results.method == "MOS")
-    assert results[~heads].id_accuracy.unique().tolist() == pytest.approx([100 * 120 / 128], abs=1e-3)
+    dense = results.method.str.contains(
+        "dfb|DFB"
+    )  # five steps of it: too few to ask for more than that it runs
+    assert results[~heads & ~dense].id_accuracy.unique().tolist() == pytest.approx(
+        [100 * 120 / 128], abs=1e-3
+    )
     assert results[heads].id_accuracy.between(90, 98).all() and results[heads].id_accuracy.nunique() <= 2
     assert results.n_id.eq(128).all() and results.n_ood.eq(48).all()
-    means = results[results.group == "far"].groupby("method").auroc.mean()
+    assert results[dense].id_accuracy.nunique() == 1
+    means = results[(results.group == "far") & ~dense].groupby("method").auroc.mean()
     assert means.min() > 60  # every method has learnt something from the real features
     assert results.groupby("method").extra_passes.first().gt(0).pipe(lambda some: set(some[some].index)) == {
         "ODIN",
+        "ODIN (dfb)",
+        "ODIN + DFB",
         "Mahalanobis (ensemble)",
     }
     published = results[results.published_fpr95.notna()]
