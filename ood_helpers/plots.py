@@ -1741,12 +1741,7 @@ def background_weight(
         )
     table = table.assign(weight=table.sigma / table.temperature)
     hosts, sets = list(table.host.unique()), ordered_sets(table)
-    sizes = np.abs([*table.weight[table.weight != 0], 1.0])
-    decades = np.arange(np.ceil(np.log10(sizes.min())), np.floor(np.log10(sizes.max())) + 1)
-    step = -(-len(decades) // 3)  # up to three labels on either side
-    labelled = 10.0 ** decades[decades % step == 0]
-    ticks = np.concatenate([-labelled[::-1], [0], labelled])
-    figure, all_axes = _panels(len(hosts), caption, title, panel_height=2.0, sharex=True, sharey=True)
+    figure, all_axes = _panels(len(hosts), caption, title, panel_height=2.0, sharey=True)
     for axes, host in zip(all_axes, hosts):
         curves = table[table.host == host].pivot_table(index="weight", columns="ood_set", values="auroc")
         for index, (name, group) in enumerate(sets.items()):
@@ -1763,9 +1758,15 @@ def background_weight(
         axes.axvline(0, color="0.4", linestyle=":", linewidth=1, zorder=1)
         axes.set_title(host)
         axes.grid(True, axis="y")
-    all_axes[0].set_xscale("symlog", linthresh=sizes.min(), linscale=1.5)
-    all_axes[0].set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
-    all_axes[0].minorticks_off()
+        sizes = np.abs([*curves.index[curves.index != 0], 1.0])  # each host has weights of its own size
+        decades = np.arange(np.ceil(np.log10(sizes.min())), np.floor(np.log10(sizes.max())) + 1)
+        labelled = 10.0 ** np.sort(
+            decades[:: -max(1, -(-len(decades) // 2))]
+        )  # up to two labels on either side, from the outside
+        ticks = [*-labelled[::-1], 0, *labelled]
+        axes.set_xscale("symlog", linthresh=sizes.min(), linscale=1.5)
+        axes.set_xticks(ticks, [f"{tick:g}".replace("-", "−").replace("e−0", "e−") for tick in ticks])
+        axes.minorticks_off()
     _label_outer(
         all_axes,
         "← σ = −1 · σ = +1 →\nσ / T_bg (log scale)",
