@@ -1772,6 +1772,8 @@ def background_weight(
         "← σ = −1 · σ = +1 →\nσ / T_bg (log scale)",
         _metric_label("auroc").replace(", ", ",\n"),
     )
+    for axes in all_axes:
+        axes.tick_params(labelbottom=True)
     handles = _set_handles(sets)
     if len(sets) > 1:
         handles.append(Line2D([], [], color="black", linewidth=2, label="mean of the sets"))
