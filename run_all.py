@@ -142,9 +142,10 @@ def main() -> int:
     experiment.check_images()
     for name in experiment.missing:
         console.print(f"[yellow]Without {name}: missing and skipped.[/yellow]")
+    known = plan(seeds)
     shown = {task.name for task in [*plan(seeds, methods=experiment.training_methods), *tasks]}
-    everything = [task for task in plan(seeds) if task.name in shown]
-    if left_out := [task.name for task in plan(seeds) if task.name not in shown]:
+    everything = [task for task in known if task.name in shown]
+    if left_out := [task.name for task in known if task.name not in shown]:
         console.print(f"Without {', '.join(left_out)}: no network of this config is made so.")
     runner = Runner(experiment, parameters, seeds, tasks)
     if arguments.dry_run:

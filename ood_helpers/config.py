@@ -7,7 +7,7 @@ backbone and the detectors. Unknown keys are errors that name the key and the ne
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -327,6 +327,10 @@ class FineTuningConfig(Model):
     mixup `inputs: features` mixes features instead of images, an approximation.
     """
 
+    of_checkpoints: ClassVar[set[str]] = {
+        "groups", "checkpoint", "class_numbering", "expected_accuracy", "tolerance",
+    }  # fmt: skip
+
     groups: GroupsConfig | None = Field(None, description="None = a flat softmax over all classes")
     depth: int = Field(
         0, ge=-1, description="how many of the backbone's last blocks are trained, too; -1 = all of it"
@@ -369,9 +373,7 @@ class FineTuningConfig(Model):
         if self.class_numbering != "as_is" and (self.checkpoint is None or self.groups is not None):
             raise ValueError("class_numbering is for the flat head of a checkpoint; remove it")
         if self.checkpoint is not None:
-            used = {"groups", "checkpoint", "class_numbering", "expected_accuracy", "tolerance"}
-            used |= {"method", "background_column", "masks"}
-            for name in sorted(self.model_fields_set - used):
+            for name in sorted(self.model_fields_set - self.of_checkpoints):
                 raise ValueError(
                     f"{name} has no effect on a checkpoint, which is used as it is; remove one of the two"
                 )
@@ -416,6 +418,12 @@ class DenseConfig(FineTuningConfig):
     The recipe is that of a fine-tuned network but for the defaults. With `depth` 0 and no mixup, crops or flips the head
     can be trained on feature maps held in memory (`inputs: features`), which is exact.
     """
+
+    of_checkpoints: ClassVar[set[str]] = FineTuningConfig.of_checkpoints | {
+        "method",
+        "background_column",
+        "masks",
+    }
 
     method: Literal["dense"] = "dense"
     masks: MasksConfig = MasksConfig()

@@ -45,6 +45,7 @@ from ood_helpers.training import (
     fine_tune,
     load_images,
     mixup_alpha,
+    on_map,
     train_classifier,
     train_dense,
     train_dense_head,
@@ -153,6 +154,19 @@ class ExperimentNetwork:
         network = PixelNetwork(self.classifier, run.transform, run.device)
         return ImageBank(self.bank(name), network, batches, image_set.name)
 
+    @torch.no_grad()
+    def pass_to_maps(self, name: str) -> Iterator[torch.Tensor]:
+        """The last feature maps [B, D, h, w] of an image set, batch by batch; nothing is kept."""
+        run = self.experiment
+        image_set, batch_size = run.image_set(name), pass_batch_size(run.config.features, run.device)
+        with track(
+            description=f"Feature maps of {image_set.name}", total=len(image_set), unit="image"
+        ) as bar:
+            for images in image_batches(image_set, run.transform, 0, len(image_set), batch_size):
+                inputs = run.transform.normalise(images.to(run.device))
+                yield self.network.feature_map(inputs.contiguous(memory_format=torch.channels_last))
+                bar.update(len(images))
+
     def activation_maps(self, name: str, config: MasksConfig) -> StoredMaps:
         """The class activation maps of an image set; the passes at all scales run if they have not yet.
 
@@ -226,25 +240,14 @@ class Backbone(ExperimentNetwork):
     def feature_maps(self, name: str) -> torch.Tensor:
         """The last feature maps [N, D, h, w] of an image set, on the CPU; all in memory, where they stay."""
         if name not in self._feature_maps:
-            self._feature_maps[name] = self._pass(name)
-        return self._feature_maps[name]
-
-    @torch.no_grad()
-    def _pass(self, name: str) -> torch.Tensor:
-        run, maps, start = self.experiment, None, 0
-        image_set, batch_size = run.image_set(name), pass_batch_size(run.config.features, run.device)
-        with track(
-            description=f"Feature maps of {image_set.name}", total=len(image_set), unit="image"
-        ) as bar:
-            for images in image_batches(image_set, run.transform, 0, len(image_set), batch_size):
-                inputs = run.transform.normalise(images.to(run.device))
-                batch = self.network.feature_map(inputs.contiguous(memory_format=torch.channels_last))
+            maps, start = None, 0
+            for batch in self.pass_to_maps(name):
                 if maps is None:
-                    maps = torch.empty(len(image_set), *batch.shape[1:])
+                    maps = torch.empty(len(self.experiment.image_set(name)), *batch.shape[1:])
                 maps[start : start + len(batch)] = batch
                 start += len(batch)
-                bar.update(len(batch))
-        return maps
+            self._feature_maps[name] = maps
+        return self._feature_maps[name]
 
     @property
     def model_directory(self) -> Path:
@@ -485,17 +488,12 @@ class DenseNetwork(FineTunedNetwork):
     def position_accuracy(self, name: str) -> float:
         """Percent of images classified correctly by the probabilities of the classes, averaged over the positions, of
         which those of the background have little: what the mean of the logits loses shows beside `id_accuracy`."""
-        run, network, correct, start = self.experiment, self.network, 0, 0
-        image_set, batch_size = run.image_set(name), pass_batch_size(run.config.features, run.device)
-        for images in image_batches(image_set, run.transform, 0, len(image_set), batch_size):
-            inputs = run.transform.normalise(images.to(run.device))
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-            classes = dense_logits(network, inputs).softmax(dim=1)[:, :-1].mean(dim=(2, 3)).argmax(dim=1)
-            correct += int(
-                (classes.cpu() == torch.as_tensor(image_set.labels[start : start + len(images)])).sum()
-            )
-            start += len(images)
-        return 100 * correct / len(image_set)
+        votes = [
+            on_map(self.network.head, maps).softmax(dim=1)[:, :-1].mean(dim=(2, 3)).argmax(dim=1).cpu()
+            for maps in self.pass_to_maps(name)
+        ]
+        labels = torch.as_tensor(self.experiment.image_set(name).labels)
+        return 100 * int((torch.cat(votes) == labels).sum()) / len(labels)
 
     def images(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Images of a set as the network is shown them, uint8 [n, H, W, 3]."""

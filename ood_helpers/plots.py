@@ -62,7 +62,7 @@ PART_LOOKS = {
     "S_foreground": (ID_COLOUR, "s"),
     "S_background": (COLOURS[0], "^"),
     "S": ("black", "D"),
-    "plain, same budget": ("#CC78BC", "v"),
+    "plain, same budget": (COLOURS[2], "v"),
 }
 PICTURE_GAP = 0.06  # between images in a row, in image widths
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*"]

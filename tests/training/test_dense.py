@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import TRANSFORM, Pictures
+from pictures import TRANSFORM, Pictures, assert_interrupted_ends_in_the_same_bytes
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -495,23 +495,9 @@ def test_mixup_weighs_the_losses_of_both_masks(tmp_path, monkeypatch):
 def test_interrupted_training_ends_in_the_same_bytes(tmp_path, monkeypatch):
     settings = {"mixup": 0.5, "depth": 1, "flip": True, "crop_padding": 1, "balanced": True}
     settings |= {"held_out": (HELD_OUT, HELD_OUT_MASKS)}
-    whole = run(tmp_path / "whole", **settings)
-    evaluate_as_before, calls = module.evaluate_dense, []
-
-    def stop_at_third(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return evaluate_as_before(*arguments)
-
-    monkeypatch.setattr(module, "evaluate_dense", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", **settings)
-    parts = run(tmp_path / "parts", **settings)
-    assert len(calls) == 3 + 8  # two evaluations were kept
-    assert parts.equals(whole)
-    content = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "parts")]
-    assert content[0] == content[1]
+    assert_interrupted_ends_in_the_same_bytes(
+        lambda folder: run(folder, **settings), module, "evaluate_dense", tmp_path, monkeypatch
+    )
 
 
 # ---- errors ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from pictures import TRANSFORM, Pictures
+from pictures import TRANSFORM, Pictures, assert_interrupted_ends_in_the_same_bytes
 from torch import nn
 
 from ood_helpers.backbones import DenseNet
@@ -229,23 +229,9 @@ def test_batches_in_parts_end_in_the_same_weights(tmp_path):
 
 def test_interrupted_training_ends_in_the_same_bytes(tmp_path, monkeypatch):
     settings = {"mixup": 0.5, "depth": 1, "flip": True, "crop_padding": 1, "validation": Pictures(9, 1)}
-    whole = run(tmp_path / "whole", **settings)
-    evaluate, calls = module.evaluate, []
-
-    def stop_at_third(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(module, "evaluate", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", **settings)
-    parts = run(tmp_path / "parts", **settings)
-    assert len(calls) == 3 + 8  # two evaluations were kept
-    assert parts.equals(whole)
-    content = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "parts")]
-    assert content[0] == content[1]
+    assert_interrupted_ends_in_the_same_bytes(
+        lambda folder: run(folder, **settings), module, "evaluate", tmp_path, monkeypatch
+    )
 
 
 def test_training_images_are_cropped_from_larger_ones(tmp_path, monkeypatch):
