@@ -7,7 +7,7 @@ backbone and the detectors. Unknown keys are errors that name the key and the ne
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -207,6 +207,9 @@ class TrainingConfig(Model):
         0, description="pixels of zero padding before a random crop; 0 = none"
     )
     flip: bool = Field(False, description="random horizontal flip")
+    save_every: PositiveInt | None = Field(
+        None, description="epochs between saved weights; the first, the best and the last are always saved"
+    )
 
 
 class Backbone(Model):
@@ -319,7 +322,38 @@ class GroupsConfig(Model):
         return self
 
 
-class FineTuningConfig(Model):
+class NetworkRecipe(Model):
+    """What every network made from the backbone has in common."""
+
+    of_checkpoints: ClassVar[set[str]] = {"checkpoint", "expected_accuracy", "tolerance"}
+
+    checkpoint: str | None = Field(
+        None, description="weights of a network made elsewhere, to use as they are"
+    )
+    expected_accuracy: float | None = Field(None, ge=0, le=100, description="percent on the ID test set")
+    tolerance: NonNegativeFloat = Field(0.5, description="percentage points")
+
+    @model_validator(mode="after")
+    def _used_as_it_is(self) -> "NetworkRecipe":
+        if self.checkpoint is not None:
+            for name in sorted(self.model_fields_set - self.of_checkpoints):
+                raise ValueError(
+                    f"{name} has no effect on a checkpoint, which is used as it is; remove one of the two"
+                )
+        return self
+
+    @property
+    def softmax_groups(self) -> GroupsConfig | None:
+        """The groups of a group softmax; None for a flat one."""
+        return None
+
+    @property
+    def background(self) -> bool:
+        """Whether the last of K + 1 outputs is of background or outliers."""
+        return False
+
+
+class FineTuningConfig(NetworkRecipe):
     """A network made from the backbone with a new head, zero at the start, and the recipe of MOS: SGD with momentum,
     a linear warm-up and three drops of the learning rate to a tenth.
 
@@ -327,9 +361,7 @@ class FineTuningConfig(Model):
     mixup `inputs: features` mixes features instead of images, an approximation.
     """
 
-    of_checkpoints: ClassVar[set[str]] = {
-        "groups", "checkpoint", "class_numbering", "expected_accuracy", "tolerance",
-    }  # fmt: skip
+    of_checkpoints: ClassVar[set[str]] = NetworkRecipe.of_checkpoints | {"groups", "class_numbering"}
 
     groups: GroupsConfig | None = Field(None, description="None = a flat softmax over all classes")
     depth: int = Field(
@@ -358,25 +390,15 @@ class FineTuningConfig(Model):
     )
     crop_padding: NonNegativeInt = Field(0, description="pixels of zero padding before a random crop")
     flip: bool = Field(False, description="random horizontal flip")
-    checkpoint: str | None = Field(
-        None, description="weights of a network fine-tuned elsewhere, to use as they are"
-    )
     class_numbering: ClassNumbering = Field(
         "as_is",
         description="of the columns of a checkpoint's flat head, where they are not in the order of the labels",
     )
-    expected_accuracy: float | None = Field(None, ge=0, le=100, description="percent on the ID test set")
-    tolerance: NonNegativeFloat = Field(0.5, description="percentage points")
 
     @model_validator(mode="after")
     def _options_with_an_effect(self) -> "FineTuningConfig":
         if self.class_numbering != "as_is" and (self.checkpoint is None or self.groups is not None):
             raise ValueError("class_numbering is for the flat head of a checkpoint; remove it")
-        if self.checkpoint is not None:
-            for name in sorted(self.model_fields_set - self.of_checkpoints):
-                raise ValueError(
-                    f"{name} has no effect on a checkpoint, which is used as it is; remove one of the two"
-                )
         if self.inputs == "images":
             return self
         if self.depth != 0:
@@ -391,6 +413,10 @@ class FineTuningConfig(Model):
         if self.schedule is not None and any(a >= b for a, b in zip(self.schedule, self.schedule[1:])):
             raise ValueError(f"the steps of schedule {list(self.schedule)} do not rise; put them in order")
         return self
+
+    @property
+    def softmax_groups(self) -> GroupsConfig | None:
+        return self.groups
 
 
 class MasksConfig(Model):
@@ -445,6 +471,10 @@ class DenseConfig(FineTuningConfig):
         "last", description="of the head of a `checkpoint`; here it is always the last"
     )
 
+    @property
+    def background(self) -> bool:
+        return True
+
     @model_validator(mode="after")
     def _no_groups(self) -> "DenseConfig":
         if self.groups is not None:
@@ -464,14 +494,271 @@ class DenseConfig(FineTuningConfig):
         )
 
 
-def _kind_of_network(recipe: Any) -> str:
-    dense = isinstance(recipe, DenseConfig) or (isinstance(recipe, Mapping) and "method" in recipe)
-    return "dense" if dense else "classifier"
+class LossConstraintConfig(Model):
+    """How the loss constraint of Unleashing Mask is estimated: the mean cross-entropy of the start network on the ID
+    training images, without augmentation, while random masks keep a share of the weights of every layer."""
+
+    keep_rate: float = Field(
+        0.965, gt=0, le=1, description="share of each convolution's and linear layer's weights"
+    )
+    draws: PositiveInt = Field(5, description="of the masks; the constraint is their mean")
+    seed: NonNegativeInt = 0
+    rounding: Literal["nearest", "truncated"] = Field(
+        "nearest", description="of the number of weights that a mask drops; `truncated` is the public code's"
+    )
+
+
+class EpochTrainingConfig(NetworkRecipe):
+    """What Unleashing Mask and outlier exposure share: the backbone goes on training, with SGD and a cosine schedule that
+    moves once an epoch, on its own loss or on one that is kept at a constraint."""
+
+    of_checkpoints: ClassVar[set[str]] = NetworkRecipe.of_checkpoints | {"method"}
+
+    id_loss: Literal["um", "cross_entropy"] = Field(
+        "um",
+        description="of a batch of ID images with mean cross-entropy c: |beta c - u| + u, with u the loss constraint, or c",
+    )
+    loss_constraint: PositiveFloat | None = Field(None, description="u; None = estimated as `estimate` says")
+    estimate: LossConstraintConfig = LossConstraintConfig()
+    beta: PositiveFloat = 1.0
+    start: PositiveInt | str = Field(
+        "last",
+        description="weights to start from: `last` = the backbone's own; `best` = its epoch of highest validation accuracy, "
+        "or the number of an epoch it has saved; else the path of a checkpoint of the same network",
+    )
+    epochs: PositiveInt
+    steps_per_epoch: PositiveInt | None = Field(
+        None, description="batches after which an epoch ends early; None = all training images"
+    )
+    batch_size: PositiveInt = Field(256, ge=2)
+    learning_rate: PositiveFloat
+    warmup_epochs: NonNegativeInt = Field(0, description="epochs in which the learning rate rises linearly")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = Field(False, description="the paper's text has it, its code has not")
+    weight_decay: NonNegativeFloat = Field(
+        1e-4, description="of everything that is trained, scores of masks, too"
+    )
+    crop_padding: NonNegativeInt = Field(0, description="pixels of zero padding before a random crop")
+    flip: bool = Field(False, description="random horizontal flip")
+    scored_epoch: Literal["last", "best"] | PositiveInt = Field(
+        "last",
+        description="whose weights are scored; `best` = of highest accuracy on the ID validation images",
+    )
+    save_every: PositiveInt | None = Field(
+        None, description="epochs between saved weights; the first, the best and the last are always saved"
+    )
+
+    @model_validator(mode="after")
+    def _constraint_with_an_effect(self) -> "EpochTrainingConfig":
+        names = ("loss_constraint", "estimate", "beta")
+        if self.id_loss != "um":
+            for name in names:
+                if name in self.model_fields_set:
+                    raise ValueError(
+                        f"{name} has no effect on plain cross-entropy; set id_loss: um, or remove it"
+                    )
+        elif self.loss_constraint is not None and "estimate" in self.model_fields_set:
+            raise ValueError("estimate has no effect where loss_constraint is given; remove one of the two")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov has no effect without momentum; remove it")
+        for name in ("warmup_epochs", "save_every", "scored_epoch"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value > self.epochs:
+                raise ValueError(f"{name} is {value}, expected at most the {self.epochs} epochs")
+        return self
+
+    @property
+    def without_effect(self) -> set[str]:
+        """Fields that nothing depends on, by the values of the others."""
+        if self.id_loss != "um":
+            return {"loss_constraint", "estimate", "beta"}
+        return {"estimate"} if self.loss_constraint is not None else set()
+
+    def in_force(self) -> dict[str, Any]:
+        """What the trained weights depend on, ready for JSON."""
+        unused = self.without_effect | {"checkpoint", "expected_accuracy", "tolerance"}
+        return self.model_dump(mode="json", exclude_none=True, exclude=unused)
+
+    def with_id_loss(self, id_loss: str) -> Self:
+        """The same recipe with another loss of the ID images; a constraint that it does not need is left out."""
+        kept = self.model_dump(exclude_unset=True)
+        if id_loss != "um":
+            kept = {
+                name: value
+                for name, value in kept.items()
+                if name not in ("loss_constraint", "estimate", "beta")
+            }
+        return type(self)(**kept | {"id_loss": id_loss})
+
+
+class UnleashingMaskConfig(EpochTrainingConfig):
+    """A network of Unleashing Mask (UM), fine-tuned until its loss rises to the constraint, or, with a `keep_rate`, of
+    UM Adopts Pruning (UMAP), which gets there by a learned mask of each layer's weights. Defaults are the paper's."""
+
+    method: Literal["unleashing_mask"] = "unleashing_mask"
+    epochs: PositiveInt = 100
+    learning_rate: PositiveFloat = 0.1
+    keep_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of each convolution's and linear layer's weights that a mask keeps; None = no masks",
+    )
+    freeze_weights: bool = Field(True, description="only the scores of the masks are trained; with keep_rate")
+    initial_scores: Literal["random", "magnitude"] = Field(
+        "random",
+        description="of the masks, with keep_rate: uniform in +-1 / sqrt(fan_in), or the weights themselves, so that the smallest "
+        "are dropped first",
+    )
+    rounding: Literal["nearest", "truncated"] = Field(
+        "nearest", description="of the number of weights that a mask drops; `truncated` is the public code's"
+    )
+
+    @model_validator(mode="after")
+    def _masks_with_an_effect(self) -> "UnleashingMaskConfig":
+        if self.keep_rate is None:
+            for name in ("freeze_weights", "initial_scores", "rounding"):
+                if name in self.model_fields_set:
+                    raise ValueError(f"{name} has no effect without masks; set keep_rate, or remove it")
+        elif self.keep_rate == 1 and self.freeze_weights:
+            raise ValueError(
+                "keep_rate 1 drops nothing, so that frozen weights leave nothing to learn; lower it"
+            )
+        return self
+
+    @property
+    def without_effect(self) -> set[str]:
+        masks = {"freeze_weights", "initial_scores", "rounding"} if self.keep_rate is None else set()
+        return super().without_effect | masks
+
+    def plain(self) -> "UnleashingMaskConfig":
+        """The same budget with plain cross-entropy and no masks: what UM and UMAP are held against."""
+        fields = set(EpochTrainingConfig.model_fields) - {"expected_accuracy", "tolerance"}
+        kept = UnleashingMaskConfig(**self.model_dump(include=fields, exclude_unset=True))
+        return kept.with_id_loss("cross_entropy")
+
+
+class EnergyMargins(Model):
+    """Of the energy E(z) = -logsumexp(z), squared hinges: ID images below one margin, outliers above the other."""
+
+    inside: float = Field(-25.0, description="m_in: ID images with a higher energy are penalised")
+    outside: float = Field(-7.0, description="m_out: outliers with a lower energy are penalised")
+
+
+class PosteriorConfig(Model):
+    """The Bayesian linear regression of POEM, from which the boundary is drawn anew each epoch."""
+
+    prior_variance: PositiveFloat = Field(20.0, description="sigma")
+    noise_variance: PositiveFloat = Field(0.5, description="sigma_n")
+    confidence: PositiveFloat = Field(
+        3.9, description="targets: -confidence for ID images, +confidence for outliers"
+    )
+    buffer_epochs: PositiveInt = Field(4, description="of how many epochs the chosen outliers are kept")
+
+
+class DOEConfig(Model):
+    """The worst-case perturbation of the weights in DOE."""
+
+    unperturbed_epochs: NonNegativeInt = Field(5, description="epochs of plain outlier exposure before")
+    strengths: tuple[PositiveFloat, ...] = Field(
+        (0.1, 0.01, 0.001, 0.0001), min_length=1, description="gamma, drawn for each step"
+    )
+    kept: float = Field(0.6, ge=0, lt=1, description="share of the earlier direction in the running mean")
+    max_norm: PositiveFloat = Field(1.0, description="to which gradients are clipped")
+
+
+class OutlierExposureConfig(EpochTrainingConfig):
+    """A network fine-tuned with auxiliary outliers (`outliers` of the experiment). Defaults are those of the code of
+    Unleashing Mask; the energy loss with `sample: poem` is POEM."""
+
+    of_checkpoints: ClassVar[set[str]] = EpochTrainingConfig.of_checkpoints | {"objective"}
+    belongs: ClassVar[dict[str, tuple[str, str]]] = {
+        "margins": ("objective", "energy"),
+        "doe": ("objective", "doe"),
+        "posterior": ("sample", "poem"),
+        "quantile": ("sample", "ntom"),
+    }
+
+    method: Literal["outlier_exposure"] = "outlier_exposure"
+    objective: Literal["oe", "energy", "doe", "ntom"] = Field(
+        "oe",
+        description="loss of the outliers: cross-entropy to the uniform distribution; energy margins of both; uniform under "
+        "perturbed weights; a class of their own, the last of K + 1",
+    )
+    sample: Literal["random", "ntom", "poem"] = Field(
+        "random",
+        description="which of the pool an epoch takes: any; hard ones, taken for ID; those near a boundary drawn from a posterior",
+    )
+    id_loss: Literal["um", "cross_entropy"] = Field(
+        "cross_entropy", description="as for Unleashing Mask; the outliers' loss is not touched by it"
+    )
+    epochs: PositiveInt = 10
+    learning_rate: PositiveFloat = 0.01
+    outlier_weight: PositiveFloat | None = Field(
+        None,
+        description="factor of the outliers' loss; None = 0.5 for oe, 0.1 for energy, 1 for doe and ntom",
+    )
+    outlier_factor: PositiveFloat = Field(
+        1.0, description="outliers for each ID image, of an epoch and of a batch"
+    )
+    pool_size: PositiveInt = Field(
+        400_000, description="outliers from which an epoch chooses; at most all there are"
+    )
+    margins: EnergyMargins = Field(EnergyMargins(), description="objective energy")
+    doe: DOEConfig = Field(DOEConfig(), description="objective doe")
+    posterior: PosteriorConfig = Field(PosteriorConfig(), description="sample poem")
+    quantile: float = Field(
+        0.125, ge=0, lt=1, description="sample ntom: share of the hardest of the pool that is skipped"
+    )
+
+    @model_validator(mode="after")
+    def _exposure_with_an_effect(self) -> "OutlierExposureConfig":
+        for name, (key, value) in self.belongs.items():
+            if name in self.model_fields_set and getattr(self, key) != value:
+                raise ValueError(f"{name} has no effect without {key}: {value}; remove it")
+        if self.objective == "doe" and self.doe.unperturbed_epochs >= self.epochs:
+            raise ValueError(
+                f"doe.unperturbed_epochs is {self.doe.unperturbed_epochs}, expected less than the {self.epochs} epochs, so that "
+                "the weights are perturbed at all"
+            )
+        return self
+
+    @property
+    def without_effect(self) -> set[str]:
+        unused = {name for name, (key, value) in self.belongs.items() if getattr(self, key) != value}
+        return super().without_effect | unused
+
+    @property
+    def background(self) -> bool:
+        return self.objective == "ntom"
+
+    @property
+    def weight(self) -> float:
+        """The factor of the outliers' loss that is in force."""
+        defaults = {"oe": 0.5, "energy": 0.1, "doe": 1.0, "ntom": 1.0}
+        return defaults[self.objective] if self.outlier_weight is None else self.outlier_weight
+
+
+RECIPES: dict[str, type[NetworkRecipe]] = {
+    "classifier": FineTuningConfig,
+    "dense": DenseConfig,
+    "unleashing_mask": UnleashingMaskConfig,
+    "outlier_exposure": OutlierExposureConfig,
+}
+
+
+def training_method(recipe: Any) -> str:
+    """How a network is made: `classifier` where its recipe names no `method`."""
+    given = recipe.get("method") if isinstance(recipe, Mapping) else getattr(recipe, "method", None)
+    return "classifier" if given is None else str(given)
 
 
 NetworkConfig = Annotated[
-    Annotated[FineTuningConfig, Tag("classifier")] | Annotated[DenseConfig, Tag("dense")],
-    Discriminator(_kind_of_network),
+    Annotated[FineTuningConfig, Tag("classifier")]
+    | Annotated[DenseConfig, Tag("dense")]
+    | Annotated[UnleashingMaskConfig, Tag("unleashing_mask")]
+    | Annotated[OutlierExposureConfig, Tag("outlier_exposure")],
+    Discriminator(training_method),
 ]
 
 
@@ -524,6 +811,32 @@ class DFBAblations(Model):
         return self
 
 
+class UnleashingAblations(Model):
+    """What 15_unleashing_mask trains and looks at beside the networks `um` and `umap`."""
+
+    factors: tuple[PositiveFloat, ...] = Field((), description="loss constraints, in units of the estimate")
+    keep_rates: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((), description="of UMAP's masks")
+    epochs: tuple[PositiveInt, ...] = Field((), description="lengths of UM's training")
+    changes: dict[str, Any] = Field(
+        {},
+        description="what the recipes of all ablations have otherwise than `um` and `umap`, such as fewer epochs",
+    )
+    images: PositiveInt = Field(500, description="of each set, for the detection along a training")
+    from_scratch: BackboneConfig | None = Field(
+        None,
+        description="a small network to be watched from its first epoch, where the backbone is a checkpoint",
+    )
+
+    @model_validator(mode="after")
+    def _known_changes(self) -> "UnleashingAblations":
+        for name in self.changes:
+            if name not in EpochTrainingConfig.model_fields:
+                raise ValueError(f"changes names {name!r}; {nearest(name, EpochTrainingConfig.model_fields)}")
+        if self.from_scratch is not None and self.from_scratch.training is None:
+            raise ValueError("from_scratch is a network to be trained; give it training instead of weights")
+        return self
+
+
 class FeaturesConfig(Model):
     """The forward pass that fills the feature banks."""
 
@@ -549,6 +862,16 @@ class TuningConfig(Model):
     metric: Literal["auroc", "fpr95"] = "auroc"
     grids: dict[str, dict[str, list[Any]]] = Field(
         description="row of detectors -> hyper-parameter -> values; where several are best, the first is taken"
+    )
+
+
+class OutliersConfig(Model):
+    """Auxiliary outliers for networks that are trained with some."""
+
+    name: str = Field(description="for tables")
+    images: ImageSource
+    related: tuple[str, ...] = Field(
+        (), description="OOD sets with images like these; networks trained with them are not reported there"
     )
 
 
@@ -590,6 +913,10 @@ class ExperimentConfig(Model):
         None, description="for 13_mos, where training some twenty heads is affordable"
     )
     dfb_ablations: DFBAblations | None = Field(None, description="for 14_dfb")
+    unleashing_ablations: UnleashingAblations | None = Field(None, description="for 15_unleashing_mask")
+    outliers: OutliersConfig | None = Field(
+        None, description="auxiliary outliers, for networks with method: outlier_exposure"
+    )
     detectors: dict[str, dict[str, Any]] = Field(
         description="row name -> hyper-parameters; see ood_helpers.detectors"
     )
@@ -615,7 +942,7 @@ class ExperimentConfig(Model):
     def _distinct_names(self) -> "ExperimentConfig":
         names = [ood.name for ood in self.ood]
         for name in names:
-            if names.count(name) > 1 or name in ("train", "validation", "test", "tuning"):
+            if names.count(name) > 1 or name in ("train", "validation", "test", "tuning", "outliers"):
                 raise ValueError(f"the OOD set name {name!r} is taken; give every set its own name")
         if self.published is not None:
             for name in self.published.ood_sets:
@@ -628,7 +955,8 @@ class ExperimentConfig(Model):
     @model_validator(mode="after")
     def _known_networks(self) -> "ExperimentConfig":
         for name, recipe in self.networks.items():
-            number = None if recipe.groups is None else recipe.groups.number
+            groups = recipe.softmax_groups
+            number = None if groups is None else groups.number
             if number is not None and number > self.id.num_classes:
                 raise ValueError(
                     f"networks.{name}.groups.number is {number}, expected at most the {self.id.num_classes} classes"
@@ -637,6 +965,25 @@ class ExperimentConfig(Model):
             name, known = settings.get("network"), {*self.networks, "group", "flat", "dfb"}
             if name is not None and name not in known:
                 raise ValueError(f"detectors.{row}.network names {name!r}; {nearest(str(name), known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _training_is_possible(self) -> "ExperimentConfig":
+        for name, recipe in self.networks.items():
+            if not isinstance(recipe, EpochTrainingConfig) or recipe.checkpoint is not None:
+                continue
+            if isinstance(recipe, OutlierExposureConfig) and self.outliers is None:
+                raise ValueError(
+                    f"networks.{name} is trained with auxiliary outliers, but there are none; add outliers"
+                )
+            if recipe.scored_epoch == "best" and self.id.validation is None:
+                raise ValueError(
+                    f"networks.{name}.scored_epoch: best needs ID images of its own; add id.validation, or score the last"
+                )
+        names = [ood.name for ood in self.ood]
+        for name in () if self.outliers is None else self.outliers.related:
+            if name not in names:
+                raise ValueError(f"outliers.related names {name!r}; {nearest(name, names)}")
         return self
 
     @model_validator(mode="after")
@@ -816,10 +1163,12 @@ def _describe(error: ValidationError) -> str:
     problems = []
     for problem in error.errors():
         parts = list(problem["loc"])
-        if parts[:1] == ["networks"] and parts[2:3] in (["classifier"], ["dense"]):
+        if parts[:1] == ["networks"] and parts[2:3] and parts[2] in RECIPES:
             del parts[2]  # pydantic names the kind of network, too
         place = ".".join(map(str, parts))
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "union_tag_invalid" and parts[:1] == ["networks"]:
+            message = f"unknown method {problem['ctx']['tag']!r}; {nearest(problem['ctx']['tag'], list(RECIPES)[1:])}"
         if (
             "input" in problem
             and not isinstance(problem["input"], dict | list)

@@ -16,7 +16,17 @@ import torch
 
 from ood_helpers.backbones import Classifier, build, load_checkpoint, weights_fingerprint
 from ood_helpers.cam import CAM_VERSION, ClassMaps, PseudoMasks, StoredMaps, maps_key, stored_maps
-from ood_helpers.config import DenseConfig, FineTuningConfig, MasksConfig, resolve_path
+from ood_helpers.config import (
+    BackboneConfig,
+    DenseConfig,
+    EpochTrainingConfig,
+    FineTuningConfig,
+    MasksConfig,
+    NetworkRecipe,
+    OutlierExposureConfig,
+    UnleashingMaskConfig,
+    resolve_path,
+)
 from ood_helpers.data import image_batches
 from ood_helpers.data.imagenet import devkit_to_sorted
 from ood_helpers.errors import InputError
@@ -36,20 +46,28 @@ from ood_helpers.foreground import ForegroundBank, foreground_classifier, foregr
 from ood_helpers.groups import Groups, make_groups
 from ood_helpers.progress import track
 from ood_helpers.training import (
+    ESTIMATE_VERSION,
     TRAINING_VERSION,
+    apply_masks,
     approximation,
     default_schedule,
     dense_logits,
+    detach_masks,
     evaluate_dense,
     exact_on_features,
+    expose,
     fine_tune,
     load_images,
+    load_weights,
     mixup_alpha,
     on_map,
+    prepare_masks,
+    saved_epochs,
     train_classifier,
     train_dense,
     train_dense_head,
     train_head,
+    unleash,
     zero_head,
 )
 
@@ -109,6 +127,30 @@ class ExperimentNetwork:
             return None
         _ = self.network
         return pd.read_csv(self.model_directory / "history.csv")
+
+    @cached_property
+    def saved_epochs(self) -> dict[int, Path]:
+        """Epoch (0 = before the training) -> weights, of those its training has saved; empty for one that was not trained
+        here."""
+        if not self.trained_here:
+            return {}
+        _ = self.network
+        return saved_epochs(self.model_directory)
+
+    def _untrained(self) -> Classifier:
+        """A new network in the form in which its training saves weights."""
+        return copy.deepcopy(self.network)
+
+    def _with_weights(self, path: Path) -> Classifier:
+        network = self._untrained()
+        load_weights(network, path)
+        return network.eval().to(self.experiment.device)
+
+    def at_epoch(self, epoch: int) -> Classifier:
+        """The network as it was behind one of the `saved_epochs` of its training, in eval mode."""
+        network = self._with_weights(self.saved_epochs[epoch])
+        apply_masks(network)
+        return network
 
     def bank(self, name: str) -> StoredBank | OtherHeadBank:
         """The feature bank of an image set; the forward pass runs if it has not yet.
@@ -208,11 +250,11 @@ class ExperimentNetwork:
 
 
 class Backbone(ExperimentNetwork):
-    """The network of the config: trained here (resumed if interrupted) or loaded from its checkpoint."""
+    """A network trained here (resumed if interrupted) or loaded from its checkpoint: that of the config, or another one."""
 
-    def __init__(self, experiment: "Experiment") -> None:
+    def __init__(self, experiment: "Experiment", config: BackboneConfig | None = None) -> None:
         super().__init__(experiment, experiment.config.name, "backbone")
-        self.config = experiment.config.backbone
+        self.config = experiment.config.backbone if config is None else config
         self.trained_here = self.config.training is not None
         self._feature_maps: dict[str, torch.Tensor] = {}
 
@@ -263,7 +305,69 @@ class Backbone(ExperimentNetwork):
         return self.config.expected_accuracy, self.config.tolerance
 
 
-class FineTunedNetwork(ExperimentNetwork):
+class MadeNetwork(ExperimentNetwork):
+    """A network made from the backbone by a recipe, or the checkpoint of one that was made elsewhere."""
+
+    def __init__(self, experiment: "Experiment", recipe: NetworkRecipe, name: str) -> None:
+        super().__init__(experiment, f"the network {name} of {experiment.config.name}", f"networks.{name}")
+        self.recipe, self.trained_here = recipe, recipe.checkpoint is None
+
+    @property
+    def described(self) -> dict:
+        """How it was made, ready for JSON: the recipe that was in force, or the name of the checkpoint."""
+        raise NotImplementedError
+
+    @property
+    def approximation(self) -> str:
+        """What makes its training another one than the recipe's; empty where nothing does."""
+        return ""
+
+    @property
+    def _training_options(self) -> dict:
+        run = self.experiment
+        return {"seed": run.seed, "device": run.device, "directory": self.model_directory}
+
+    @property
+    def _held_out(self) -> str | None:
+        return "validation" if "validation" in self.experiment.id_names else None
+
+    @property
+    def _trained_on(self) -> list[str]:
+        """Fingerprints of the image sets that its weights depend on."""
+        run = self.experiment
+        return [run.image_set(name).fingerprint for name in run.id_names if name != "test"]
+
+    def _check_accuracy(self, found: float) -> None:
+        super()._check_accuracy(found)
+        backbone = self.experiment.id_accuracy
+        if not self.trained_here and self.recipe.expected_accuracy is None and found < backbone / 2:
+            raise InputError(
+                f"The ID accuracy of {self.title} is {found:.2f} %, the backbone's {backbone:.2f} %: check that its groups "
+                f"and the order of its classes are those of the checkpoint, or set {self.setting}.expected_accuracy."
+            )
+
+    @property
+    def _expected_accuracy(self) -> tuple[float | None, float]:
+        return self.recipe.expected_accuracy, self.recipe.tolerance
+
+
+class ForegroundOutputs(ExperimentNetwork):
+    """A network of K + 1 outputs, of which detectors see the first K in `head` and in the banks, which hold the last logit,
+    of background or of outliers, beside them."""
+
+    @property
+    def classifier(self) -> Classifier:
+        return foreground_classifier(self.network)
+
+    @cached_property
+    def head(self) -> Head:
+        return foreground_head(self.whole_head)
+
+    def bank(self, name: str) -> ForegroundBank:
+        return ForegroundBank(super().bank(name))
+
+
+class FineTunedNetwork(MadeNetwork):
     """A network made from the backbone with a new head, or the checkpoint of one that was made elsewhere.
 
     Parameters
@@ -271,9 +375,7 @@ class FineTunedNetwork(ExperimentNetwork):
     recipe : how; see config.FineTuningConfig
     """
 
-    def __init__(self, experiment: "Experiment", recipe: FineTuningConfig, name: str) -> None:
-        super().__init__(experiment, f"the network {name} of {experiment.config.name}", f"networks.{name}")
-        self.recipe, self.trained_here = recipe, recipe.checkpoint is None
+    recipe: FineTuningConfig
 
     @cached_property
     def groups(self) -> Groups | None:
@@ -287,8 +389,6 @@ class FineTunedNetwork(ExperimentNetwork):
 
     @property
     def described(self) -> dict:
-        """How it was made, ready for JSON: the recipe with the schedule and the mixup that were in force, or the name of
-        the checkpoint."""
         recipe, images = self.recipe, len(self.experiment.image_set("train"))
         if not self.trained_here:
             described = recipe.model_dump(mode="json", include={"groups", "class_numbering"})
@@ -302,7 +402,6 @@ class FineTunedNetwork(ExperimentNetwork):
 
     @property
     def approximation(self) -> str:
-        """What makes its training another one than the recipe's; empty where nothing does."""
         return approximation(self.recipe, len(self.experiment.image_set("train")))
 
     @cached_property
@@ -330,15 +429,6 @@ class FineTunedNetwork(ExperimentNetwork):
         if self.recipe.class_numbering == "ilsvrc2012_devkit":
             _reorder(head, torch.from_numpy(devkit_to_sorted()))
 
-    @property
-    def _training_options(self) -> dict:
-        run = self.experiment
-        return {"seed": run.seed, "device": run.device, "directory": self.model_directory}
-
-    @property
-    def _held_out(self) -> str | None:
-        return "validation" if "validation" in self.experiment.id_names else None
-
     def _train(self, network: Classifier) -> None:
         run, recipe, validation = self.experiment, self._training_recipe, self._held_out
         if recipe.inputs == "features":
@@ -365,9 +455,13 @@ class FineTunedNetwork(ExperimentNetwork):
     @property
     def model_directory(self) -> Path:
         run = self.experiment
-        sets = [run.image_set(name).fingerprint for name in run.id_names if name != "test"]
         groups = None if self.groups is None else self.groups.members
-        settings = [weights_fingerprint(run.network), self._training_recipe.model_dump(), groups, sets]
+        settings = [
+            weights_fingerprint(run.network),
+            self._training_recipe.model_dump(),
+            groups,
+            self._trained_on,
+        ]
         settings += self._more_settings
         key = sha256_of_json(
             [*settings, run.transform.fingerprint, run.seed, run.device.type, TRAINING_VERSION]
@@ -396,24 +490,9 @@ class FineTunedNetwork(ExperimentNetwork):
         groups = None if self.groups is None else self.groups.members
         return sha256_of_json([super()._key(name), groups])[:SHORT]
 
-    def _check_accuracy(self, found: float) -> None:
-        super()._check_accuracy(found)
-        backbone = self.experiment.id_accuracy
-        if not self.trained_here and self.recipe.expected_accuracy is None and found < backbone / 2:
-            raise InputError(
-                f"The ID accuracy of {self.title} is {found:.2f} %, the backbone's {backbone:.2f} %: check that its groups "
-                f"and the order of its classes are those of the checkpoint, or set {self.setting}.expected_accuracy."
-            )
 
-    @property
-    def _expected_accuracy(self) -> tuple[float | None, float]:
-        return self.recipe.expected_accuracy, self.recipe.tolerance
-
-
-class DenseNetwork(FineTunedNetwork):
+class DenseNetwork(ForegroundOutputs, FineTunedNetwork):
     """A network of DFB: trained on pseudo masks at every position, then read as a classifier of images.
-
-    Detectors see the K foreground classes, in `head` and in the banks, which hold the logit of the background beside them.
 
     Parameters
     ----------
@@ -506,16 +585,143 @@ class DenseNetwork(FineTunedNetwork):
         inputs = run.transform.normalise(images.to(run.device).permute(0, 3, 1, 2))
         return dense_logits(self.network, inputs, size=tuple(images.shape[1:3])).softmax(dim=1).cpu()
 
+
+class ContinuedNetwork(MadeNetwork):
+    """A network made by going on with the training of the backbone, head included.
+
+    Parameters
+    ----------
+    recipe : how; see config.EpochTrainingConfig
+    """
+
+    recipe: EpochTrainingConfig
+
     @property
-    def classifier(self) -> Classifier:
-        return foreground_classifier(self.network)
+    def described(self) -> dict:
+        if not self.trained_here:
+            return {"method": self.recipe.method, "checkpoint": Path(self.recipe.checkpoint).name}
+        constraint = {} if self.constraint is None else {"loss_constraint": self.constraint}
+        return self.recipe.in_force() | constraint
 
     @cached_property
-    def head(self) -> Head:
-        return foreground_head(self.whole_head)
+    def constraint(self) -> float | None:
+        """u in nats, given or estimated; None where the loss has none."""
+        if self.recipe.id_loss != "um" or self.recipe.loss_constraint is not None:
+            return self.recipe.loss_constraint
+        return self.experiment.loss_constraint(self.recipe.estimate, self.recipe.start).mean
 
-    def bank(self, name: str) -> ForegroundBank:
-        return ForegroundBank(super().bank(name))
+    @cached_property
+    def network(self) -> Classifier:
+        network = self._untrained()
+        if not self.trained_here:
+            load_checkpoint(network, resolve_path(self.recipe.checkpoint))
+        else:
+            with locked(self.model_directory):
+                self._train(network)
+        apply_masks(network)
+        return network.eval().to(self.experiment.device)
+
+    def _untrained(self) -> Classifier:
+        return self.experiment.start_network(self.recipe.start)
+
+    def _train(self, network: Classifier) -> None:
+        raise NotImplementedError
+
+    @property
+    def model_directory(self) -> Path:
+        run = self.experiment
+        start = weights_fingerprint(run.start_network(self.recipe.start))
+        dropout = getattr(run.config.backbone, "dropout", 0.0)
+        settings = [start, self.recipe.in_force(), dropout, self._trained_on, run.transform.fingerprint]
+        key = sha256_of_json([*settings, run.seed, run.device.type, TRAINING_VERSION, ESTIMATE_VERSION])
+        return run.run_dir / "models" / key[:SHORT]
+
+
+class UnleashedNetwork(ContinuedNetwork):
+    """A network of Unleashing Mask, whose weights (UM) or masks over them (UMAP) are trained.
+
+    With masks `network` has the masked weights.
+
+    Parameters
+    ----------
+    recipe : how; see config.UnleashingMaskConfig
+    """
+
+    recipe: UnleashingMaskConfig
+
+    def _train(self, network: Classifier) -> None:
+        run = self.experiment
+        validation = run.image_set(self._held_out) if self._held_out else None
+        unleash(
+            network,
+            run.image_set("train"),
+            validation,
+            run.transform,
+            self.recipe,
+            self.constraint,
+            **self._training_options,
+        )
+
+    def _untrained(self) -> Classifier:
+        network = super()._untrained()
+        prepare_masks(network, self.recipe, self.experiment.seed)
+        return network
+
+    def detached(self) -> Classifier:
+        """The network without its masks, which with frozen weights is the one it was made from, bit for bit: to classify ID
+        images as before."""
+        _ = self.network
+        network = self._with_weights(self.model_directory / "weights.safetensors")
+        detach_masks(network)
+        return network
+
+
+class ExposedNetwork(ContinuedNetwork):
+    """A network trained with auxiliary outliers.
+
+    Parameters
+    ----------
+    recipe : how; see config.OutlierExposureConfig
+    """
+
+    recipe: OutlierExposureConfig
+
+    @property
+    def described(self) -> dict:
+        outliers = self.experiment.config.outliers
+        return super().described | ({"outliers": outliers.name} if self.trained_here else {})
+
+    @property
+    def _trained_on(self) -> list[str]:
+        return [*super()._trained_on, self.experiment.image_set("outliers").fingerprint]
+
+    def _train(self, network: Classifier) -> None:
+        run = self.experiment
+        validation = run.image_set(self._held_out) if self._held_out else None
+        expose(
+            network,
+            run.image_set("train"),
+            validation,
+            run.image_set("outliers"),
+            run.transform,
+            self.recipe,
+            self.constraint,
+            **self._training_options,
+        )
+
+
+class OutlierClassNetwork(ForegroundOutputs, ExposedNetwork):
+    """A network trained with auxiliary outliers as a class of their own, its last output, which starts from zero."""
+
+    def _untrained(self) -> Classifier:
+        network = super()._untrained()
+        old = network.head
+        with torch.random.fork_rng(devices=[]):
+            network.head = torch.nn.Linear(old.in_features, old.out_features + 1).to(old.weight)
+        with torch.no_grad():
+            for new, known in ((network.head.weight, old.weight), (network.head.bias, old.bias)):
+                new.zero_()[:-1] = known
+        return network
 
 
 class _LaterMasks:

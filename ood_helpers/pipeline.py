@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -25,18 +25,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ood_helpers import features, foreground, groups, metrics, networks, plots, results
-from ood_helpers.backbones import ARCHITECTURES, Classifier, weights_fingerprint
+from ood_helpers.backbones import ARCHITECTURES, Classifier, load_checkpoint, weights_fingerprint
 from ood_helpers.config import (
     PROJECT_ROOT,
     DenseConfig,
+    EpochTrainingConfig,
     ExperimentConfig,
     FineTuningConfig,
     GroupsConfig,
     Images,
+    LossConstraintConfig,
+    NetworkRecipe,
+    OutlierExposureConfig,
+    UnleashingMaskConfig,
     load_config,
     resolve_path,
+    training_method,
 )
-from ood_helpers.data import ImageSet, Transform, open_image_set
+from ood_helpers.data import ImageSet, Transform, image_batches, open_image_set
 from ood_helpers.detectors import DETECTORS, DFB, Detector, DFBBackground, create, create_all
 from ood_helpers.errors import InputError, MissingDataError, nearest
 from ood_helpers.features import (
@@ -47,12 +53,30 @@ from ood_helpers.features import (
     StoredBank,
     accuracy,
     class_means,
+    pass_batch_size,
     resolve_device,
 )
-from ood_helpers.files import atomic_path, locked, sha256_of_json, write_text
-from ood_helpers.networks import Backbone, DenseNetwork, ExperimentNetwork, FineTunedNetwork
+from ood_helpers.files import atomic_path, locked, sha256_of_json, write_json, write_text
+from ood_helpers.networks import (
+    SHORT,
+    Backbone,
+    DenseNetwork,
+    ExperimentNetwork,
+    ExposedNetwork,
+    FineTunedNetwork,
+    MadeNetwork,
+    OutlierClassNetwork,
+    UnleashedNetwork,
+)
 from ood_helpers.progress import track
-from ood_helpers.training import check_labels
+from ood_helpers.training import (
+    ESTIMATE_VERSION,
+    LossConstraint,
+    check_labels,
+    checkpoint_path,
+    estimate_constraint,
+    load_weights,
+)
 
 ID_SETS = ("train", "validation", "test")
 TUNED = "_tuned"  # ends the name of a row whose hyper-parameters were chosen on a grid
@@ -99,22 +123,23 @@ class Experiment:
         self._checked = False
         self._image_sets: dict[str, ImageSet] = {}
         self.backbone = Backbone(self)
-        self._fine_tuned: dict[str, FineTunedNetwork] = {}
+        self._fine_tuned: dict[str, MadeNetwork] = {}
+        self._starts: dict[str | int, Classifier] = {}
 
     def _check_softmax(self, row: str, detector: Detector) -> None:
         """A wrong kind of head is refused before anything long starts; `fit` would refuse it, too."""
         recipe = self.networks[detector.network] if detector.network else None
-        if isinstance(detector, DFB | DFBBackground) and not isinstance(recipe, DenseConfig):
+        if isinstance(detector, DFB | DFBBackground) and not (recipe is not None and recipe.background):
             raise InputError(
                 f"detectors.{row}: {detector.title} scores a network with a background class, but the network "
-                f"{detector.network or 'of the backbone'} has none; name one with method: dense."
+                f"{detector.network or 'of the backbone'} has none; name one with method: dense, or objective: ntom."
             )
         if isinstance(detector, DFB) and detector.temperature is None and detector.needs_images:
             raise InputError(
                 f"detectors.{row}: temperature is null and its host needs images, expected a number: the banks of the "
                 "training images, from which it would be learned, hold none; give one."
             )
-        grouped = recipe is not None and recipe.groups is not None
+        grouped = recipe is not None and recipe.softmax_groups is not None
         if grouped != detector.group_softmax:
             kinds = ["a flat softmax", "a group softmax"]
             raise InputError(
@@ -126,7 +151,11 @@ class Experiment:
         """As for the softmax: a depth that the backbone does not have."""
         architecture = self.config.backbone.architecture
         blocks, ablations = len(ARCHITECTURES[architecture].blocks), self.config.mos_ablations
-        depths = {f"networks.{name}.depth": recipe.depth for name, recipe in self.config.networks.items()}
+        depths = {
+            f"networks.{name}.depth": recipe.depth
+            for name, recipe in self.config.networks.items()
+            if isinstance(recipe, FineTuningConfig)
+        }
         depths |= {"mos_ablations.depths": max(ablations.depths, default=0)} if ablations else {}
         if self.config.dfb_ablations:
             depths["dfb_ablations.recipe.depth"] = self.config.dfb_ablations.recipe.depth
@@ -218,9 +247,13 @@ class Experiment:
 
     @property
     def checkpoints(self) -> list[str]:
-        """Those of the backbone and of the networks that are not trained here."""
-        entries = (self.config.backbone, *self.config.networks.values())
-        return [entry.checkpoint for entry in entries if entry.checkpoint is not None]
+        """Those of the backbone, of the networks that are not trained here, and those that trainings start from."""
+        recipes = self.config.networks.values()
+        starts = [recipe.start for recipe in recipes if isinstance(recipe, EpochTrainingConfig)]
+        files = [
+            entry.checkpoint for entry in (self.config.backbone, *recipes) if entry.checkpoint is not None
+        ]
+        return files + [start for start in starts if isinstance(start, str) and start not in ("last", "best")]
 
     @property
     def ood_groups(self) -> dict[str, str]:
@@ -235,10 +268,12 @@ class Experiment:
         sources = {name: getattr(self.config.id, name) for name in self.id_names}
         if self.config.tuning is not None:
             sources["tuning"] = self.config.tuning.images
+        if "outlier_exposure" in self.training_methods:
+            sources["outliers"] = self.config.outliers.images
         return sources | {ood.name: ood.images for ood in self.config.ood}
 
     def image_set(self, name: str) -> ImageSet:
-        """`train`, `validation`, `test`, `tuning` (the outliers to tune on) or an OOD set by name.
+        """`train`, `validation`, `test`, `tuning` (the outliers to tune on), `outliers` (to train with) or an OOD set by name.
 
         Raises
         ------
@@ -250,8 +285,8 @@ class Experiment:
             if name not in sources:
                 raise InputError(f"No image set {name!r} in {self.config.name}; {nearest(name, sources)}")
             title = f"{self.config.id.name} {name}" if name in ID_SETS else name
-            if name == "tuning":
-                title = self.config.tuning.name
+            if name in ("tuning", "outliers"):
+                title = getattr(self.config, name).name
             image_set = open_image_set(
                 sources[name], title, cache_dir=self.run_dir / "cache", skip_unreadable=self.skip_unreadable
             )
@@ -314,20 +349,21 @@ class Experiment:
             )
         self._check_apart()
         for name, recipe in self.config.networks.items():
-            if recipe.groups is not None and recipe.groups.strategy == "taxonomy":
+            if recipe.softmax_groups is not None and recipe.softmax_groups.strategy == "taxonomy":
                 _ = self.fine_tuned(name).groups
         self._checked = True
 
     def _check_apart(self) -> None:
-        """What is chosen on images must not be reported on them; a few equal images occur in public sets."""
-        chosen_on = [name for name in ("validation", "tuning") if name in self._image_sets]
+        """What is chosen on images, or trained with them, must not be reported on them; a few equal images occur in public
+        sets."""
+        chosen_on = [name for name in ("validation", "tuning", "outliers") if name in self._image_sets]
         reported = ["test", *(ood.name for ood in self.config.ood if ood.name in self._image_sets)]
         for ours, theirs in itertools.product(chosen_on, reported):
             one, other = self.image_set(ours), self.image_set(theirs)
             shared = one.shared_with(other)
             if shared > 0.01 * min(len(one), len(other)):
                 raise InputError(
-                    f"{shared:,} of the {len(one):,} images of {one.name} ({ours}), on which hyper-parameters are chosen, are "
+                    f"{shared:,} of the {len(one):,} images of {one.name} ({ours}), on which networks or hyper-parameters are chosen, are "
                     f"also in {other.name}, which is reported, expected other images; change one of the two."
                 )
 
@@ -336,7 +372,7 @@ class Experiment:
             try:
                 self.image_set(name)
             except MissingDataError as error:
-                if name in ID_SETS or (name == "tuning" and not self.skip_missing):
+                if name in (*ID_SETS, "outliers") or (name == "tuning" and not self.skip_missing):
                     problems.append(str(error))
                 elif name == "tuning":
                     self.tuning_missing = str(error)
@@ -349,6 +385,8 @@ class Experiment:
         groups = {**dict.fromkeys(self.id_names, "ID"), **self.ood_groups}
         if self.tuned_rows:
             groups["tuning"] = "to tune on"
+        if "outliers" in self._sources():
+            groups["outliers"] = "to train with"
         for name, group in groups.items():
             image_set = self.image_set(name)
             size = image_set.image(0).size
@@ -414,7 +452,7 @@ class Experiment:
         return self.backbone.image_bank(name)
 
     @cached_property
-    def networks(self) -> dict[str, FineTuningConfig]:
+    def networks(self) -> dict[str, NetworkRecipe]:
         """Those of the config, and where it does not have them `group` and `flat` of MOS, with k-means groups, and `dfb`."""
         number = max(2, round(self.config.id.num_classes**0.5))
         group = FineTuningConfig(groups=GroupsConfig(strategy="kmeans", number=number))
@@ -422,19 +460,18 @@ class Experiment:
 
     @property
     def training_methods(self) -> set[str]:
-        """How the networks are made that the config describes or a row scores: `classifier`, `dense`."""
+        """How the networks are made that the config describes or a row scores: `classifier`, `dense`, ..."""
         scored = {detector.network for detector in self.detectors.values() if detector.network}
-        used = (self.networks[name] for name in {*self.config.networks, *scored})
-        return {getattr(recipe, "method", "classifier") for recipe in used}
+        return {training_method(self.networks[name]) for name in {*self.config.networks, *scored}}
 
-    def fine_tuned(self, network: str | FineTuningConfig) -> FineTunedNetwork:
+    def fine_tuned(self, network: str | NetworkRecipe) -> MadeNetwork:
         """A network made from the backbone, by its name in `networks` or by a recipe; trained when first asked for.
 
         Raises
         ------
         InputError : no such network
         """
-        if isinstance(network, FineTuningConfig):
+        if isinstance(network, NetworkRecipe):
             known = [name for name, named in self.networks.items() if named == network]
             if not known:  # what the config expects is of its own network
                 recipe = network.model_copy(update={"expected_accuracy": None})
@@ -448,9 +485,137 @@ class Experiment:
             self._fine_tuned[network] = self._made(self.networks[network], network)
         return self._fine_tuned[network]
 
-    def _made(self, recipe: FineTuningConfig, name: str) -> FineTunedNetwork:
-        kind = DenseNetwork if isinstance(recipe, DenseConfig) else FineTunedNetwork
-        return kind(self, recipe, name)
+    def _made(self, recipe: NetworkRecipe, name: str) -> MadeNetwork:
+        kinds = {
+            DenseConfig: DenseNetwork,
+            FineTuningConfig: FineTunedNetwork,
+            UnleashingMaskConfig: UnleashedNetwork,
+            OutlierExposureConfig: OutlierClassNetwork if recipe.background else ExposedNetwork,
+        }
+        return kinds[type(recipe)](self, recipe, name)
+
+    def start_network(self, start: str | int = "last") -> Classifier:
+        """A copy of the backbone with the weights that a training is to start from; see config.EpochTrainingConfig.start.
+
+        Raises
+        ------
+        InputError : `best` or an epoch of a backbone that was not trained here, or an epoch it has not saved
+        """
+        if start not in self._starts:
+            network = copy.deepcopy(self.network)
+            if start == "best" or isinstance(start, int):
+                network = self._backbone_at(network, start)
+            elif start != "last":
+                load_checkpoint(network, resolve_path(start))
+            self._starts[start] = network
+        return copy.deepcopy(self._starts[start])
+
+    def _backbone_at(self, network: Classifier, start: str | int) -> Classifier:
+        if not self.backbone.trained_here:
+            raise InputError(
+                f"Found start: {start}, but the backbone is a checkpoint and has no epochs, expected `last` or the path of "
+                "another checkpoint; change start."
+            )
+        path = checkpoint_path(self.backbone.model_directory, start)
+        if not path.exists():
+            raise InputError(
+                f"The training of the backbone has not saved epoch {start}, only {list(self.backbone.saved_epochs)} and the "
+                "best; set backbone.training.save_every, or start from another one."
+            )
+        load_weights(network, path)
+        return network
+
+    def loss_constraint(self, config: LossConstraintConfig, start: str | int = "last") -> LossConstraint:
+        """The loss constraint of Unleashing Mask for a start network on the ID training images; estimated once, and kept
+        with the networks in models/<fingerprint of its weights>/.
+
+        Raises
+        ------
+        InputError : see training.estimate_constraint
+        """
+        network, image_set = self.start_network(start), self.image_set("train")
+        settings = [config.model_dump(), image_set.fingerprint, self.transform.fingerprint, ESTIMATE_VERSION]
+        key = sha256_of_json([*settings, self.device.type])[:SHORT]
+        directory = self.run_dir / "models" / weights_fingerprint(network)[:SHORT]
+        path = directory / f"loss_constraint-{key}.json"
+        with locked(path):
+            if not path.exists():
+                batch_size = pass_batch_size(self.config.features, self.device)
+                found = estimate_constraint(
+                    network, image_set, self.transform, config, batch_size=batch_size, device=self.device
+                )
+                write_json(path, asdict(found))
+            stored = json.loads(path.read_text())
+        return LossConstraint(**stored | {"draws": tuple(stored["draws"])})
+
+    def along_training(
+        self, network: ExperimentNetwork, images: int | None = None, rows: Sequence[str] = ("msp", "energy")
+    ) -> pd.DataFrame:
+        """Detection and accuracy of the epochs that a network's training has saved; computed once.
+
+        Parameters
+        ----------
+        images : the first so many of the ID test set and of each OOD set; None = all
+        rows : detectors that score logits or features and learn nothing, with their settings in the config
+
+        Returns
+        -------
+        one line an epoch (0 = before), detector and OOD set: epoch, detector, ood_set, group, fpr95, auroc and id_accuracy
+        in percent, cross_entropy (mean of the ID images, in nats), id_score and ood_score (means)
+        """
+        _ = network.network
+        path = network.model_directory / f"along-{self._along_key(network, images, rows)}.csv"
+        with locked(path):
+            if not path.exists():
+                lines = []
+                for epoch in track(network.saved_epochs, description="Saved epochs", unit="epoch"):
+                    lines += self._detection_at(network.at_epoch(epoch), epoch, images, rows)
+                write_text(path, pd.DataFrame(lines).to_csv(index=False))
+        return pd.read_csv(path)
+
+    def _along_key(self, network: ExperimentNetwork, images: int | None, rows: Sequence[str]) -> str:
+        sets = [self.image_set(name).fingerprint for name in ("test", *self.ood_groups)]
+        detectors = [[self._label(row), self._unfitted(row).hyperparameters()] for row in rows]
+        code = [_code_of(type(self._unfitted(row))) for row in rows] + [_hash_of([metrics])]
+        epochs = [weights_file.name for weights_file in network.saved_epochs.values()]
+        return sha256_of_json([images, sets, detectors, code, epochs, self.ood_groups])[:SHORT]
+
+    @torch.no_grad()
+    def _detection_at(
+        self, network: Classifier, epoch: int, images: int | None, rows: Sequence[str]
+    ) -> list[dict]:
+        head, batch_size = Head.of(network), pass_batch_size(self.config.features, self.device)
+
+        def bank_of(name: str) -> FeatureBank:
+            image_set = self.image_set(name)
+            count = len(image_set) if images is None else min(images, len(image_set))
+            features = torch.cat(
+                [
+                    network.features(self.transform.normalise(pixels.to(self.device))).cpu()
+                    for pixels in image_batches(image_set, self.transform, 0, count, batch_size)
+                ]
+            )
+            labels = None if name != "test" else torch.as_tensor(image_set.labels[:count])
+            return FeatureBank(features, head.to("cpu").logits(features), labels)
+
+        test, lines = bank_of("test"), []
+        facts = {
+            "id_accuracy": accuracy(test, head),
+            "cross_entropy": float(torch.nn.functional.cross_entropy(test.logits.double(), test.labels)),
+        }
+        fitted = {row: copy.copy(self._unfitted(row)).fit(test, head) for row in rows}
+        id_scores = {row: detector.score_samples(test) for row, detector in fitted.items()}
+        for name, group in self.ood_groups.items():
+            bank = bank_of(name)
+            for row, detector in fitted.items():
+                ood_scores = detector.score_samples(bank)
+                values = metrics.evaluate(id_scores[row], ood_scores)
+                lines.append(
+                    {"epoch": epoch, "detector": self._label(row), "ood_set": name, "group": group}
+                    | {"fpr95": values["fpr95"], "auroc": values["auroc"], **facts}
+                    | {"id_score": float(id_scores[row].mean()), "ood_score": float(ood_scores.mean())}
+                )
+        return lines
 
     def _network_of(self, detector: Detector) -> ExperimentNetwork:
         return self.fine_tuned(detector.network) if detector.network else self.backbone
@@ -606,7 +771,7 @@ class Experiment:
         return pd.DataFrame(lines)
 
     def compare_networks(
-        self, recipes: Mapping[str, FineTuningConfig], scored_by: Detector | None = None
+        self, recipes: Mapping[str, NetworkRecipe], scored_by: Detector | None = None
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """FPR95 and AUROC in percent of networks made by several recipes.
 
@@ -617,7 +782,7 @@ class Experiment:
 
         Returns
         -------
-        one line a network and OOD set, with the columns of results.csv that apply, `method` being the label; and the means
+        one line a network and OOD set (without those related to the outliers that a network was trained with), with the columns of results.csv that apply, `method` being the label; and the means
         over OOD sets, see results.mean_table
         """
         _ = self.id_accuracy  # the guard
@@ -626,13 +791,12 @@ class Experiment:
             network = self.fine_tuned(recipe)
             facts = {"id_accuracy": network.id_accuracy, "tuned_on": ""}
             facts["hyperparameters"] = json.dumps({"network": network.described})
-            detector = copy.copy(scored_by) or create("msp" if recipe.groups is None else "mos")
+            detector = copy.copy(scored_by) or create("msp" if recipe.softmax_groups is None else "mos")
             test = network.bank("test")
-            detector.fit(
-                network.bank("train") if scored_by else test, network.head
-            )  # MOS and MSP learn nothing
+            learns = type(detector)._fit is not Detector._fit
+            detector.fit(network.bank("train") if learns else test, network.head)
             id_scores, of_sets = detector.score_samples(test).numpy(), {}
-            for name, group in self.ood_groups.items():
+            for name, group in self._sets_for(recipe).items():
                 ood_scores = detector.score_samples(network.bank(name)).numpy()
                 of_sets[name], values = self._with_intervals(id_scores, ood_scores, name)
                 lines.append(
@@ -768,13 +932,21 @@ class Experiment:
 
     def _sets_of(self, row: str) -> dict[str, str]:
         """OOD set -> group of those a row is reported on."""
+        network = self._unfitted(self._base(row)).network
         related = self.config.tuning.related if row in self.tuned_rows else ()
+        sets = self._sets_for(self.networks[network] if network else None)
+        return {name: group for name, group in sets.items() if name not in related}
+
+    def _sets_for(self, recipe: NetworkRecipe | None) -> dict[str, str]:
+        """OOD set -> group of those a network is reported on: not on sets like the outliers it was trained with."""
+        exposed = isinstance(recipe, OutlierExposureConfig)
+        related = self.config.outliers.related if exposed and self.config.outliers else ()
         return {name: group for name, group in self.ood_groups.items() if name not in related}
 
     def _score_fingerprint(self, row: str) -> str:
         base = self._unfitted(self._base(row))
         choice, code = [], [_code_of(type(base))]
-        if base.network and isinstance(self.networks[base.network], DenseConfig):
+        if base.network and self.networks[base.network].background:
             code.append(_hash_of([foreground]))
         if isinstance(base, DFB):
             code.append(_code_of(type(base.make_host())))
@@ -1031,7 +1203,7 @@ class Experiment:
                 "sha256": self.image_set(name).fingerprint,
                 "skipped": self.image_set(name).skipped,
             }
-            for name in sets
+            for name in [*sets, *(["outliers"] if "outliers" in self._sources() else [])]
         }
         record = {"image_sets": described, "missing": self.missing}
         if not self.backbone.ready:

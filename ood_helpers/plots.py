@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
-from matplotlib.colors import Normalize, PowerNorm, TwoSlopeNorm, to_rgb
+from matplotlib.colors import LogNorm, Normalize, PowerNorm, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -1689,35 +1689,9 @@ def host_comparison(table: pd.DataFrame, metric: str = "auroc", *, caption: str,
     scores stand in the order of their first appearance; of several seeds the mean is drawn.
     """
     _check_metric(metric)
-    columns = [metric, f"{metric}_lo", f"{metric}_hi"]
-    _require(table, ["host", "score", "ood_set", "group", *columns], "table of hosts")
-    hosts, scores, sets = list(table.host.unique()), list(table.score.unique()), ordered_sets(table)
-    means = table.groupby(["ood_set", "score", "host"])[columns].mean()
-    height = (0.085 * len(scores) + 0.05) * len(hosts) + 0.45
-    figure, all_axes = _panels(len(sets), caption, title, panel_height=height, sharey=True)
-    looks = {score: _part_look(index, score) for index, score in enumerate(scores)}
-    for index, (axes, (name, group)) in enumerate(zip(all_axes, sets.items())):
-        lowest = index + _columns(len(sets)) >= len(sets)
-        _method_rows(axes, hosts, _metric_label(metric) if lowest else "")
-        for (row, host), (lane, score) in itertools.product(enumerate(hosts), enumerate(scores)):
-            if (name, score, host) in means.index:
-                value, low, high = means.loc[(name, score, host)]
-                y = row - 0.4 + 0.8 * (lane + 0.5) / len(scores)
-                bar = {"color": looks[score]["color"], "linewidth": 1.2, "solid_capstyle": "butt"}
-                axes.plot([low, high], [y, y], **bar, clip_on=False)
-                axes.plot(value, y, **looks[score], clip_on=False)
-        axes.set_title(f"{name} ({group})")
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-        _end_at_best(axes, metric)
-        if metric == "auroc":
-            axes.set_xlim(axes.get_xlim())  # chance is marked where it is in view
-            axes.axvline(50, color="0.4", linestyle=":", linewidth=1, zorder=1)
-    handles = [_dot(look["color"], look["marker"], score, **look) for score, look in looks.items()]
-    handles.append(Line2D([], [], color="0.3", linewidth=1.2, label="95 % interval"))
-    if metric == "auroc" and any(axes.get_xlim()[0] < 50 for axes in all_axes):
-        handles.append(Line2D([], [], color="0.4", linestyle=":", linewidth=1, label="chance"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4 if len(all_axes) > 1 else 2)
-    return figure
+    _require(table, ["host", "score", "ood_set", "group", *_with_interval(metric)], "table of hosts")
+    looks = {score: _part_look(index, score) for index, score in enumerate(table.score.unique())}
+    return _interval_rows(table, "host", "score", looks, metric, caption, title)
 
 
 @_figure
@@ -1787,6 +1761,330 @@ def background_weight(
     return figure
 
 
+@_figure
+def training_stages(table: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """Detection along a training: AUROC, FPR95, ID accuracy and training loss against the epoch, above each other.
+
+    table: columns epoch (0 = before the training), ood_set, group, auroc, fpr95, id_accuracy (percent) and cross_entropy
+    (of the training images, in nats; NaN where unknown, and no panel where it always is). The best epoch of the mean over
+    the sets is marked, and said with the last one; an epoch that lacks a set has no mean.
+    """
+    columns = ["epoch", "ood_set", "group", *METRICS, "id_accuracy", "cross_entropy"]
+    _require(table, columns, "table of training stages")
+    sets = ordered_sets(table)
+    below = {"id_accuracy": "ID accuracy\n(%)"}
+    if _known(table, "cross_entropy"):
+        below["cross_entropy"] = "training cross-\nentropy (log)"
+    ratios = [1.55, 1.55, *[1.15] * len(below)]
+    figure = _new_figure(sum(ratios) + 0.9 + 0.17 * (len(sets) // 4), caption, title)
+    panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
+    for axes, metric in zip(panels, ("auroc", "fpr95")):
+        mean = _set_curves(axes, table, "epoch", metric, sets, {epoch: epoch for epoch in table.epoch})
+        if len(mean):
+            best = mean.idxmin() if metric == "fpr95" else mean.idxmax()
+            look = {"color": "black", "markeredgecolor": "white", "markersize": 13}
+            axes.plot(best, mean[best], "*", **look, zorder=4, clip_on=False)
+            name = "mean of the sets" if len(sets) > 1 else next(iter(sets))
+            ends = (
+                f"{word} {mean[at]:.1f} % (epoch {at:g})"
+                for word, at in (("best", best), ("last", mean.index[-1]))
+            )
+            axes.set_title(f"{name}: {', '.join(ends)}")
+        axes.set_ylabel(_metric_label(metric).replace(", ", ",\n"))
+        axes.margins(y=0.1)
+    for axes, (column, label) in zip(panels[2:], below.items()):
+        curve = table.groupby("epoch")[column].mean().dropna()
+        look = {"color": ID_COLOUR if column == "id_accuracy" else "0.3", "marker": "o", "markersize": 3.5}
+        axes.plot(curve.index, curve, **look, markevery=_every(curve))
+        axes.set_ylabel(label)
+    if "cross_entropy" in below:
+        _log_values(panels[-1])
+    for axes in panels:
+        axes.grid(True)
+    panels[-1].set_xlabel("epoch (0 = before the training)")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10]))
+    figure.align_ylabels(panels)
+    handles = _sets_and_mean_handles(sets)
+    star = {"markeredgecolor": "white", "markersize": 11}
+    handles.append(_dot("black", "*", "best epoch" + " of the mean" * (len(sets) > 1), **star))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+@_figure
+def loss_constraint(table: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
+    """The estimate of the loss constraint u: the loss of the network under random masks, by the weights that they keep.
+
+    table: a row a draw, columns keep_rate (in (0, 1], 1 = no mask), draw, cross_entropy (mean over the training images, in
+    nats) and, to mark the keep rate in use, chosen (bool). Drawn are the draws, their mean and their standard deviation
+    (of a sample); the axis is logarithmic in the share of the dropped weights.
+    """
+    _require(table, ["keep_rate", "draw", "cross_entropy"], "table of loss constraints")
+    by_rate = table.groupby("keep_rate").cross_entropy.agg(["mean", "std"]).fillna({"std": 0.0})
+    dropped = {rate: np.log10(1 - rate) for rate in sorted(by_rate.index, reverse=True) if rate < 1}
+    ends = list(dropped.values())
+    # no mask has no place on a log axis: it stands before the others
+    unmasked = {1.0: ends[0] - max(0.1 * (ends[-1] - ends[0]), 0.1) if ends else 0.0}
+    places = (unmasked if 1 in by_rate.index else {}) | dropped
+    figure = _new_figure(2.8, caption, title)
+    axes = figure.subplots()
+    span = np.ptp(list(places.values())) or 1.0
+    # beside their mean, which would cover them
+    x = table.keep_rate.map(places) - 0.01 * span
+    axes.plot(x, table.cross_entropy, "o", color=_pale(ID_COLOUR), markersize=4)
+    look = {"color": ID_COLOUR, "markersize": 4, "capsize": 3, "elinewidth": 1.2}
+    ordered = by_rate.loc[list(places)]
+    for joined in (ordered.index < 1, ordered.index == 1):
+        rows = ordered[joined]
+        line = [places[rate] for rate in rows.index], rows["mean"]
+        axes.errorbar(*line, yerr=rows["std"], fmt="D-", **look, linewidth=1)
+    handles = [
+        _dot(_pale(ID_COLOUR), "o", "one draw of the mask"),
+        _dot(ID_COLOUR, "D", "mean ± standard deviation"),
+    ]
+    for rate in table.keep_rate[table.chosen].unique() if "chosen" in table else []:
+        mean, spread = by_rate.loc[rate]
+        axes.axhline(mean, color="black", linestyle="--", linewidth=1, zorder=1)
+        axes.plot(places[rate], mean, "D", markersize=10, markerfacecolor="none", markeredgecolor="black")
+        u = f"u = {mean:.3f} ± {spread:.3f}" if spread else f"u = {mean:.3f}"
+        look = {"color": "black", "linestyle": "--", "linewidth": 1, "marker": "D", "markerfacecolor": "none"}
+        handles.append(Line2D([], [], **look, label=f"{u}, keep rate {rate:g}"))
+    if 1 in by_rate.index:
+        look = {"color": PUBLISHED_COLOUR, "linestyle": ":", "linewidth": 1.2}
+        axes.axhline(by_rate["mean"][1], **look, zorder=1)
+        handles.append(Line2D([], [], **look, label=f"no mask: {by_rate['mean'][1]:.3f}"))
+    axes.set(xlabel="share of the weights that the mask keeps", ylabel="training cross-entropy\n(log scale)")
+    axes.set_xlim(min(places.values()) - 0.06 * span, max(places.values()) + 0.06 * span)
+    _value_ticks(axes.xaxis, places, inches=5.3)
+    _log_values(axes)
+    axes.grid(True)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
+
+
+@_figure
+def unleashing_curves(
+    histories: Mapping[str, pd.DataFrame], constraint: float | None = None, *, caption: str, title: str = ""
+) -> Figure:
+    """Trainings side by side: loss of the ID batches, share of those that ascend, loss of the outliers, ID accuracy.
+
+    histories: label -> columns epoch, train_cross_entropy (of the ID batches, in nats, without a constraint), train_accuracy
+    and, where there are any, validation_accuracy, train_ascending (share of the batches whose loss was raised) and
+    train_outlier_loss; accuracies and shares in percent. A quantity that no history has gets no panel; constraint: u of
+    the loss |beta c - u| + u.
+    """
+    _check_any("training histories", histories)
+    for name, history in histories.items():
+        columns = ["epoch", "train_cross_entropy", "train_accuracy"]
+        _require(history, columns, f"training history of {name}")
+    labels = {
+        "train_cross_entropy": "cross-entropy of the\nID batches (log scale)",
+        "train_ascending": "ID batches whose\nloss is raised (%)",
+        "train_outlier_loss": "loss of the\noutliers",
+        "validation_accuracy": "ID accuracy (%),\nhigher is better",
+    }
+    shown = [
+        column
+        for column in labels
+        if column == "validation_accuracy" or any(_known(history, column) for history in histories.values())
+    ]
+    figure, all_axes = _panels(len(shown), caption, title, panel_height=1.8)
+    for axes, column in zip(all_axes, shown):
+        for index, history in enumerate(histories.values()):
+            colour, marker = _line_colour(index), _marker(index)
+            if column == "validation_accuracy":
+                axes.plot(history.epoch, history.train_accuracy, color=_pale(colour), zorder=1)
+            if _known(history, column):
+                look = {"color": colour, "marker": marker, "markersize": 4, "markevery": _every(history)}
+                axes.plot(history.epoch, history[column], **look)
+        axes.set(xlabel="epoch", ylabel=labels[column])
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        axes.grid(True)
+    losses = all_axes[0]
+    handles = [
+        Line2D([], [], color=_line_colour(index), marker=_marker(index), markersize=4, label=name)
+        for index, name in enumerate(histories)
+    ]
+    if constraint is not None:
+        look = {"color": "black", "linestyle": "--", "linewidth": 1}
+        losses.axhline(constraint, **look, zorder=3)
+        handles.append(Line2D([], [], **look, label=f"loss constraint u = {constraint:.3g}"))
+    _log_values(losses)
+    handles.append(Line2D([], [], color=_pale("0.3"), label="pale: accuracy on training images"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3 if len(shown) > 1 else 2)
+    return figure
+
+
+@_figure
+def network_comparison(
+    table: pd.DataFrame, metric: str = "auroc", *, caption: str, title: str = ""
+) -> Figure:
+    """A metric of each detector on networks trained in different ways: a panel an OOD set, a row a detector.
+
+    table: columns detector, network, ood_set, group, and the metric with its 95 % interval, such as auroc, auroc_lo,
+    auroc_hi, in percent. Detectors and networks stand in the order of their first appearance, the first network, the one
+    before, in grey; of several seeds the mean is drawn.
+    """
+    _check_metric(metric)
+    columns = ["detector", "network", "ood_set", "group", *_with_interval(metric)]
+    _require(table, columns, "table of networks")
+    colours = ["0.5", *map(_line_colour, range(table.network.nunique() - 1))]
+    looks = {
+        network: {"color": colour, "marker": _marker(index), "markersize": 4.2}
+        for index, (network, colour) in enumerate(zip(table.network.unique(), colours))
+    }
+    return _interval_rows(table, "detector", "network", looks, metric, caption, title)
+
+
+@_figure
+def recipe_sweep(
+    table: pd.DataFrame,
+    parameter: str,
+    *,
+    caption: str,
+    title: str = "",
+    log: bool = False,
+    baselines: Mapping[str, Mapping[str, float]] | None = None,
+) -> Figure:
+    """AUROC, FPR95 and ID accuracy against one number of a training recipe, a training a value.
+
+    table: columns value (numbers; None = off), ood_set, group, id_accuracy, and auroc and fpr95 with their 95 % intervals,
+    such as auroc_lo, auroc_hi, in percent; parameter: the axis name; baselines: label -> {"auroc", "fpr95" (means over the
+    sets), "id_accuracy"}, each a horizontal line. A value that lacks a set has no mean.
+    """
+    columns = [column for metric in METRICS for column in _with_interval(metric)]
+    _require(table, ["value", "ood_set", "group", *columns, "id_accuracy"], f"sweep of {parameter}")
+    table = _with_off(table, ["value"])
+    sets, baselines = ordered_sets(table), baselines or {}
+    places = _value_places(table.value, parameter, log)
+    figure = _new_figure(2.7 + 0.17 * ((len(sets) + len(baselines)) // 4), caption, title)
+    figure.get_layout_engine().set(w_pad=0.09)
+    *panels, accuracy_axes = all_axes = figure.subplots(1, 3)
+    for axes, metric in zip(panels, ("auroc", "fpr95")):
+        ends = table.groupby(["ood_set", "value"])[_with_interval(metric)[1:]].mean()
+        for index, name in enumerate(sets):
+            of_set = ends.loc[name]
+            x = [places[value] for value in of_set.index]
+            axes.vlines(x, *of_set.to_numpy().T, color=_pale(_colour(index)), linewidth=1.5, zorder=1)
+        _set_curves(axes, table, "value", metric, sets, places)
+        axes.set_ylabel(_metric_label(metric).replace(", ", ",\n"))
+    accuracy = table.groupby("value").id_accuracy.mean().reindex(_ordered_values(table.value))
+    _value_line(accuracy_axes, places, accuracy, color=ID_COLOUR, marker="o", markersize=4)
+    accuracy_axes.set_ylabel("ID accuracy (%),\nhigher is better")
+    handles = _sets_and_mean_handles(sets)
+    handles.append(Line2D([], [], color="0.7", linewidth=1.5, label="95 % interval"))
+    for index, (label, values) in enumerate(baselines.items()):
+        look = {"color": "0.35", "linestyle": ["--", ":", "-."][index % 3], "linewidth": 1.3}
+        handles.append(Line2D([], [], **look, label=label))
+        for axes, column in zip(all_axes, ("auroc", "fpr95", "id_accuracy")):
+            if column in values:
+                axes.axhline(values[column], **look, zorder=1)
+    for axes in all_axes:
+        axes.set_xlabel(textwrap.fill(parameter, 28) + "\n(log scale)" * log)
+        _value_ticks(axes.xaxis, places, inches=1.5)
+        axes.margins(x=0.08)
+        axes.grid(True)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+@_figure
+def selected_outliers(
+    pool: Any,
+    selected: Mapping[str, Any],
+    *,
+    caption: str,
+    title: str = "",
+    label: str,
+    id_scores: Any = None,
+) -> Figure:
+    """Which outliers a selection takes from a pool: a panel a strategy, all with the same axes.
+
+    pool: scores [N] of all candidates; selected: strategy -> scores [n] of those it took; id_scores: [m] of ID images, drawn
+    as an outline; label: what the score is. Images are counted on a log scale, so that a bin taken as a whole is as
+    high as the pool. Drawn are the central 99 % of every sample.
+    """
+    pool, selected = _array(pool), {name: _array(scores) for name, scores in selected.items()}
+    _check_any("strategies", selected)
+    samples = {"pool": pool} | {f"selection {name!r}": scores for name, scores in selected.items()}
+    if id_scores is not None:
+        samples["ID images"] = id_scores = _array(id_scores)
+    for name, scores in samples.items():
+        _check_any(f"scores of the {name}", scores)
+    bins = _bins(list(samples.values()), 50)
+    figure, all_axes = _panels(len(selected), caption, title, panel_height=1.8, sharex=True, sharey=True)
+    for index, (axes, (name, scores)) in enumerate(zip(all_axes, selected.items())):
+        axes.hist(pool, bins, color="0.85")
+        axes.hist(scores, bins, color=_colour(index))
+        if id_scores is not None:
+            axes.hist(id_scores, bins, histtype="step", edgecolor=ID_COLOUR, linewidth=1.3)
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        share = 100 * len(scores) / len(pool)
+        axes.set_title(f"{textwrap.fill(name, 30)}\n{len(scores):,} of {len(pool):,} ({share:.3g} %)")
+    all_axes[0].set_ylim(bottom=0.7)
+    _label_outer(all_axes, textwrap.fill(label, 36), "images per bin\n(log scale)")
+    handles = [Patch(facecolor="0.85", label="pool"), Patch(facecolor=_colour(0), label="selected")]
+    if len(selected) > 1:
+        handles[1] = Patch(facecolor="0.4", label="in colour: selected")
+    if id_scores is not None:
+        handles.append(Line2D([], [], color=ID_COLOUR, linewidth=1.3, label="in-distribution"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+@_figure
+def forgetting(
+    before: Any, after: Any, *, caption: str, title: str = "", labels: tuple[str, str] = ("before", "after")
+) -> Figure:
+    """Which training images a network forgets: the probability of the right class before and after, image by image.
+
+    before, after: float [N] in [0, 1], of the same images; labels: what the two networks are called. Colours and the
+    histograms at the margins count images on a log scale; an image below the dotted line lost more than half.
+    """
+    before, after = _array(before).astype(float), _array(after).astype(float)
+    if before.ndim != 1 or before.shape != after.shape:
+        raise InputError(
+            f"Found probabilities {list(before.shape)} before and {list(after.shape)} after, expected both [N]; "
+            "pass one of each per image."
+        )
+    _check_any("probabilities", before)
+    for when, values in (("before", before), ("after", after)):
+        _check_unit(f"The probabilities {when}", values)
+    figure = _new_figure(4.2, caption, title, width=5.2)
+    look = {"width_ratios": [1, 0.22], "height_ratios": [0.22, 1]}
+    (top, corner), (axes, right) = figure.subplots(2, 2, sharex="col", sharey="row", **look)
+    corner.remove()
+    bins = np.linspace(0, 1, 41)
+    counts, _, _ = np.histogram2d(before, after, bins=[bins, bins])
+    norm = LogNorm(1, max(counts.max(), 10))
+    image = axes.pcolormesh(bins, bins, np.where(counts.T > 0, counts.T, np.nan), norm=norm, cmap="viridis_r")
+    figure.colorbar(image, ax=[axes, right], label="images (log scale)", pad=0.02)
+    axes.plot([0, 1], [0, 1], color="black", linewidth=1)
+    axes.plot([0, 1], [0, 0.5], color="black", linestyle=":", linewidth=1)
+    margins = {"color": ID_COLOUR, "log": True}
+    top.hist(before, bins, **margins)
+    right.hist(after, bins, **margins, orientation="horizontal")
+    top.set_ylabel("images")
+    top.tick_params(bottom=False)
+    right.set_xlabel("images")
+    right.tick_params(left=False)
+    for axis in (top.yaxis, right.xaxis):
+        axis.set_minor_formatter(NullFormatter())
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    names = [textwrap.fill(name, 34) for name in labels]
+    axes.set_xlabel(f"probability of the right class,\n{names[0]}")
+    axes.set_ylabel(f"probability of the right class,\n{names[1]}")
+    lost = after < before / 2
+    share = f"{100 * lost.mean():.2f} % of {len(lost):,} images lost more"
+    handles = [
+        Line2D([], [], color="black", linewidth=1, label="as before"),
+        Line2D([], [], color="black", linestyle=":", linewidth=1, label=f"lost half; {share}"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
+
+
 # Building blocks
 
 
@@ -1835,6 +2133,91 @@ def _panels(
 
 def _columns(count: int) -> int:
     return 2 if count in (2, 4) else min(count, 3)
+
+
+def _interval_rows(
+    table: pd.DataFrame,
+    row: str,
+    mark: str,
+    looks: Mapping[str, Mapping[str, Any]],
+    metric: str,
+    caption: str,
+    title: str,
+) -> Figure:
+    """A panel an OOD set, a row a value of the column `row`, and in it a lane for each value of the column `mark`.
+
+    looks: value of `mark` -> how its marker looks; of several seeds the mean is drawn.
+    """
+    rows, sets = list(table[row].unique()), ordered_sets(table)
+    means = table.groupby(["ood_set", mark, row])[_with_interval(metric)].mean()
+    height = (0.085 * len(looks) + 0.05) * len(rows) + 0.45
+    figure, all_axes = _panels(len(sets), caption, title, panel_height=height, sharey=True)
+    for index, (axes, (ood_set, group)) in enumerate(zip(all_axes, sets.items())):
+        lowest = index + _columns(len(sets)) >= len(sets)
+        _method_rows(axes, rows, _metric_label(metric) if lowest else "")
+        for (place, name), (lane, marked) in itertools.product(enumerate(rows), enumerate(looks)):
+            if (ood_set, marked, name) in means.index:
+                value, low, high = means.loc[(ood_set, marked, name)]
+                y = place - 0.4 + 0.8 * (lane + 0.5) / len(looks)
+                bar = {"color": looks[marked]["color"], "linewidth": 1.2, "solid_capstyle": "butt"}
+                axes.plot([low, high], [y, y], **bar, clip_on=False)
+                axes.plot(value, y, **looks[marked], clip_on=False)
+        axes.set_title(f"{ood_set} ({group})")
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        _end_at_best(axes, metric)
+        if metric == "auroc":
+            axes.set_xlim(axes.get_xlim())  # chance is marked where it is in view
+            axes.axvline(50, color="0.4", linestyle=":", linewidth=1, zorder=1)
+    handles = [_dot(look["color"], look["marker"], name, **look) for name, look in looks.items()]
+    handles.append(Line2D([], [], color="0.3", linewidth=1.2, label="95 % interval"))
+    if metric == "auroc" and any(axes.get_xlim()[0] < 50 for axes in all_axes):
+        handles.append(Line2D([], [], color="0.4", linestyle=":", linewidth=1, label="chance"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4 if len(all_axes) > 1 else 2)
+    return figure
+
+
+def _set_curves(
+    axes: Axes,
+    table: pd.DataFrame,
+    column: str,
+    metric: str,
+    sets: Mapping[str, str],
+    places: Mapping[Any, float],
+) -> pd.Series:
+    """A metric of each OOD set against a column whose values stand at `places`, and their mean in black where there are
+    several; returns the mean, without the values that lack a set."""
+    curves = table.pivot_table(index=column, columns="ood_set", values=metric, sort=False)
+    curves = curves.reindex(_ordered_values(curves.index))
+    for index, (name, group) in enumerate(sets.items()):
+        if name in curves:
+            look = _set_marker(index, group) | {"linewidth": 1.1}
+            known = curves[name].dropna()
+            _value_line(axes, places, known, **look, markevery=_every(known))
+    mean = curves.mean(axis=1, skipna=False).dropna()
+    if len(sets) > 1:
+        look = {"color": "black", "marker": "D", "markersize": 4, "linewidth": 2, "markevery": _every(mean)}
+        _value_line(axes, places, mean, **look)
+    return mean
+
+
+def _every(curve: Any) -> int:
+    """Of how many points of a long curve one gets a marker."""
+    return max(1, -(-len(curve) // 14))
+
+
+def _log_values(axes: Axes) -> None:
+    """A log scale along y, with at least two numbers at its ticks; call it once everything is drawn."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)))
+    for steps in ([1], [1, 3], [1, 2, 5]):
+        ticks = [tick for tick in np.outer(decades, steps).ravel() if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    else:
+        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:.6g}" for tick in ticks])
+    axes.minorticks_off()
 
 
 def _label_outer(all_axes: Sequence[Axes], x: str, y: str) -> None:
@@ -1949,6 +2332,12 @@ def _dot(colour: str, marker: str, label: str, /, **look: Any) -> Line2D:
     return Line2D(
         [], [], **{"linestyle": "", "marker": marker, "color": colour, "markersize": 5} | look, label=label
     )
+
+
+def _sets_and_mean_handles(sets: Mapping[str, str]) -> list[Line2D]:
+    """The legend of `_set_curves`."""
+    mean = [_dot("black", "D", "mean of the sets")] if len(sets) > 1 else []
+    return [*_set_handles(sets), *mean]
 
 
 def _ood_entry(sets: Mapping[str, Any], marker: str = "s") -> tuple[str, str, str]:
@@ -2365,6 +2754,11 @@ def _metric_label(metric: str) -> str:
     return f"{name} (%), {direction}"
 
 
+def _with_interval(metric: str) -> list[str]:
+    """The columns of a metric and of the ends of its interval."""
+    return [metric, f"{metric}_lo", f"{metric}_hi"]
+
+
 def _mean_over_sets(table: pd.DataFrame, keys: list[str], column: str) -> pd.Series:
     """Mean over the OOD sets of the mean over the seeds, for each value of the keys; NaN where a set is lacking."""
     by_set = table.pivot_table(index=keys, columns="ood_set", values=column, sort=False)
@@ -2383,6 +2777,11 @@ def _require(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
         raise InputError(
             f"The {what} has {found}, expected {', '.join(columns)} in at least one row; run the stage that writes it."
         )
+
+
+def _check_any(what: str, values: Any) -> None:
+    if len(values) == 0:
+        raise InputError(f"Found no {what}, expected at least one; run the stage that writes them.")
 
 
 def _check_metric(metric: str) -> None:

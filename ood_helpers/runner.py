@@ -154,7 +154,7 @@ class Runner:
         images = {name: item.fingerprint for name, item in sorted(experiment._image_sets.items())}
         settings = {key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")}
         weights = [sha256_of_file(resolve_path(checkpoint)) for checkpoint in experiment.checkpoints]
-        recipes = [network.groups for network in experiment.config.networks.values()]
+        recipes = [network.softmax_groups for network in experiment.config.networks.values()]
         files = [group_path(recipe.file) for recipe in recipes if recipe is not None and recipe.file]
         groups = [sha256_of_file(path) for path in files]
         code = [sha256_of_file(path) for path in package]

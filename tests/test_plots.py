@@ -234,6 +234,47 @@ def weight_table(hosts, sets, temperatures) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["host", "ood_set", "group", "sigma", "temperature", "auroc"])
 
 
+def stage_table(epochs, sets) -> pd.DataFrame:
+    """AUROC is 90 at epoch 3 and falls to either side, - 1 a set; FPR95 is 100 - AUROC, the loss 1 / (epoch + 1)."""
+    lines = [
+        (epoch, name, group, 90.0 - 10 * abs(epoch - 3) / max(epochs) - index, 10.0 + epoch, 1 / (epoch + 1))
+        for epoch in epochs
+        for index, (name, group) in enumerate(sets.items())
+    ]
+    columns = ["epoch", "ood_set", "group", "auroc", "id_accuracy", "cross_entropy"]
+    return pd.DataFrame(lines, columns=columns).assign(fpr95=lambda table: 100 - table.auroc)
+
+
+def constraint_table(rates) -> pd.DataFrame:
+    """The loss is 0.01 without a mask, else the share that is dropped, 2 % less or more in the two draws."""
+    lines = [(rate, draw, (1 - rate) * (0.98 + 0.04 * draw)) for rate in rates if rate < 1 for draw in (0, 1)]
+    lines += [(rate, 0, 0.01) for rate in rates if rate == 1]
+    table = pd.DataFrame(lines, columns=["keep_rate", "draw", "cross_entropy"])
+    return table.assign(chosen=table.keep_rate == 0.9)
+
+
+def unleashing_history(epochs, **columns) -> pd.DataFrame:
+    """The loss is 1 / epoch, the accuracy 80 + epoch / 10, in validation 5 less."""
+    table = pd.DataFrame({"epoch": np.arange(1, epochs + 1)})
+    table = table.assign(train_cross_entropy=1 / table.epoch, train_accuracy=80 + table.epoch / 10)
+    return table.assign(**{"validation_accuracy": table.train_accuracy - 5} | columns)
+
+
+def network_table(detectors, networks, sets) -> pd.DataFrame:
+    return host_table(detectors, sets, networks).rename(columns={"host": "detector", "score": "network"})
+
+
+def recipe_table(values, sets) -> pd.DataFrame:
+    """That of `sweep_table` with intervals of 1 either way and ID accuracies 90, 91, ... by value."""
+    table = sweep_table(values, sets)
+    ends = {
+        f"{metric}{end}": table[metric] + by
+        for metric in plots.METRICS
+        for end, by in (("_lo", -1), ("_hi", 1))
+    }
+    return table.assign(**ends, id_accuracy=90.0 + np.arange(len(table)) // len(sets))
+
+
 METHODS = ["LINe", "HIMPLoS", "HIM only", "PLoS only", "DICE", "ReAct", "Energy", "MaxLogit", "MSP"]
 MANY = [
     *METHODS[:-1],
@@ -282,6 +323,17 @@ def every_figure(rng, classes: int, sets: dict[str, str], methods: list[str]) ->
     rates = {part: dict.fromkeys(sets, 91.23) for part in parts}
     hosts = methods[:6]
     weights = weight_table(hosts, sets, [0.01, 0.1, 0.5, 1, 10, 100, np.inf])
+    networks = ["backbone", "plain, same budget", "UM", "UMAP (keep rate 0.8)", "OE (energy) + UM"]
+    trainings = [unleashing_history(100, train_ascending=40.0) for _ in networks[:4]]
+    trainings.append(unleashing_history(10, train_outlier_loss=2.3))
+    keep_rates = [1, 0.999, 0.99, 0.98, 0.965, 0.95, 0.9, 0.8, 0.5]
+    backbone = {"auroc": 70.0, "fpr95": 60.0, "id_accuracy": 95.0}
+    pool = rng.uniform(0, 1, 5000)
+    selected = {
+        "random": pool[:500],
+        "POEM: near the boundary": np.sort(pool)[:500],
+        "NTOM": np.sort(pool)[500:999],
+    }
     return {
         "sample_grid": plots.sample_grid(images, **near_far),
         "learning_curve": plots.learning_curve(history, **common),
@@ -336,6 +388,27 @@ def every_figure(rng, classes: int, sets: dict[str, str], methods: list[str]) ->
         "score_parts": plots.score_parts(parts, metrics=rates, **near_far),
         "host_comparison": plots.host_comparison(host_table(hosts, sets), **common),
         "background_weight": plots.background_weight(weights, {hosts[0]: (1, 3.7)}, **common),
+        "training_stages": plots.training_stages(stage_table(range(101), sets), **common),
+        "loss_constraint": plots.loss_constraint(constraint_table(keep_rates), **common),
+        "unleashing_curves": plots.unleashing_curves(dict(zip(networks, trainings)), 0.123, **common),
+        "network_comparison": plots.network_comparison(network_table(hosts, networks, sets), **common),
+        "recipe_sweep": plots.recipe_sweep(
+            recipe_table([0.001, 0.01, 0.05, 0.1, 0.5, None], sets),
+            "loss constraint u",
+            log=True,
+            baselines={"backbone": backbone, "plain, same budget": {"auroc": 71.0}},
+            **common,
+        ),
+        "selected_outliers": plots.selected_outliers(
+            pool,
+            selected,
+            id_scores=id_scores,
+            label="probability of the outlier class (lower = harder)",
+            **common,
+        ),
+        "forgetting": plots.forgetting(
+            pool, pool**2, labels=("backbone", "Unleashing Mask, epoch 100 of 100"), **common
+        ),
     }
 
 
@@ -375,7 +448,7 @@ def test_saving_twice_gives_the_same_bytes(rng, tmp_path):
         assert b"Software" not in first[0] and b"Matplotlib" not in first[1] and b"<dc:date>" not in first[1]
     names = {path.name for path in (tmp_path / "first").iterdir()}
     assert (
-        len(names) == 2 * 38 and {"tuning_effect.png", "tuning_effect.svg"} <= names
+        len(names) == 2 * 45 and {"tuning_effect.png", "tuning_effect.svg"} <= names
     )  # no temporary file stays
     with Image.open(tmp_path / "first" / "tuning_effect.png") as image:
         assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1) and image.width == 1050
@@ -1258,6 +1331,146 @@ def test_background_weight_runs_from_one_sign_over_the_foreground_alone_to_the_o
     assert clipped(alone) == [] and "chosen" not in texts(alone)
     with pytest.raises(InputError, match="Found temperature 0, expected all above 0"):
         plots.background_weight(table.assign(temperature=0.0), caption=CAPTION)
+
+
+def test_training_stages_mark_the_best_epoch_of_the_mean():
+    table = stage_table(range(6), {"SVHN": "far", "CIFAR-100": "near"})
+    figure = plots.training_stages(table, caption=CAPTION)
+    auroc, fpr95, accuracy, loss = figure.axes
+    near, far, mean, best = auroc.lines
+    np.testing.assert_allclose(near.get_ydata(), [83, 85, 87, 89, 87, 85])
+    np.testing.assert_allclose(far.get_ydata(), [84, 86, 88, 90, 88, 86])
+    np.testing.assert_allclose(mean.get_xydata()[-2:], [[4, 87.5], [5, 85.5]])
+    assert same_color(mean.get_color(), "black") and best.get_xydata().tolist() == [[3, 89.5]]
+    assert auroc.get_title() == "mean of the sets: best 89.5 % (epoch 3), last 85.5 % (epoch 5)"
+    assert fpr95.get_title() == "mean of the sets: best 10.5 % (epoch 3), last 14.5 % (epoch 5)"
+    np.testing.assert_allclose(accuracy.lines[0].get_ydata(), np.arange(10, 16))
+    assert loss.get_yscale() == "log" and len({axes.get_xlim() for axes in figure.axes}) == 1
+    # the best epoch by the mean of all sets is none of those that lack one; no panel of an unknown loss
+    lacking = table[(table.epoch != 3) | (table.ood_set == "SVHN")].assign(cross_entropy=np.nan)
+    fewer = plots.training_stages(lacking, caption=CAPTION)
+    assert len(fewer.axes) == 3
+    assert fewer.axes[0].get_title() == "mean of the sets: best 87.5 % (epoch 2), last 85.5 % (epoch 5)"
+    apart = table[(table.epoch < 3) == (table.ood_set == "SVHN")]
+    assert plots.training_stages(apart, caption=CAPTION).axes[0].get_title() == ""
+    alone = plots.training_stages(table[table.ood_set == "SVHN"], caption=CAPTION)
+    assert alone.axes[0].get_title() == "SVHN: best 90.0 % (epoch 3), last 86.0 % (epoch 5)"
+    assert "mean of the sets" not in texts(alone)
+    with pytest.raises(InputError, match="has no column cross_entropy, expected epoch, "):
+        plots.training_stages(table.drop(columns="cross_entropy"), caption=CAPTION)
+
+
+def test_loss_constraint_states_mean_and_spread_of_the_chosen_keep_rate():
+    figure = plots.loss_constraint(constraint_table([0.99, 0.9, 1]), caption=CAPTION)
+    (axes,) = figure.axes
+    # draws 0.098 and 0.102: standard deviation of a sample 0.004 / sqrt(2)
+    assert {"u = 0.100 ± 0.003, keep rate 0.9", "no mask: 0.010"} <= set(texts(figure))
+    assert tick_names(axes.xaxis) == ["1", "0.99", "0.9"]
+    unmasked, hundredth, tenth = axes.get_xticks()
+    assert unmasked < hundredth and tenth - hundredth == pytest.approx(1)  # decades of 1 - keep rate
+    flat = [line for line in axes.lines if len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2]
+    np.testing.assert_allclose([line.get_ydata()[0] for line in flat], [0.1, 0.01])
+    assert axes.get_yscale() == "log"
+    plain = plots.loss_constraint(constraint_table([0.9]).drop(columns="chosen"), caption=CAPTION)
+    assert not any(text.startswith(("u =", "no mask")) for text in texts(plain)) and colliding(plain) == []
+    bare = plots.loss_constraint(constraint_table([1]).assign(chosen=True), caption=CAPTION)
+    assert "u = 0.010, keep rate 1" in texts(bare)
+
+
+def test_unleashing_curves_have_panels_for_what_the_histories_know():
+    plain, masked = unleashing_history(40), unleashing_history(4, train_ascending=[10.0, 20, 30, 40])
+    figure = plots.unleashing_curves({"plain": plain, "UM": masked}, 0.25, caption=CAPTION)
+    loss, ascending, accuracy = figure.axes
+    first, second, constraint = loss.lines
+    np.testing.assert_allclose(second.get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
+    assert list(constraint.get_ydata()) == [0.25, 0.25] and constraint.get_linestyle() == "--"
+    assert loss.get_yscale() == "log" and "loss constraint u = 0.25" in texts(figure)
+    (line,) = ascending.lines
+    assert list(line.get_ydata()) == [10, 20, 30, 40] and same_color(line.get_color(), second.get_color())
+    assert first.get_marker() != second.get_marker() and first.get_markevery() > 1 == second.get_markevery()
+    pale, full, *_ = accuracy.lines
+    assert (pale.get_ydata()[0], full.get_ydata()[0]) == (80.1, 75.1)
+    assert same_color(full.get_color(), first.get_color())
+    exposed = {"OE": unleashing_history(3, train_outlier_loss=2.3, validation_accuracy=np.nan)}
+    assert [len(axes.lines) for axes in plots.unleashing_curves(exposed, caption=CAPTION).axes] == [1, 1, 1]
+    with pytest.raises(InputError, match="training history of UM has no column train_accuracy"):
+        plots.unleashing_curves({"UM": masked.drop(columns="train_accuracy")}, caption=CAPTION)
+    with pytest.raises(InputError, match="Found no training histories, expected at least one"):
+        plots.unleashing_curves({}, caption=CAPTION)
+
+
+def test_network_comparison_has_a_row_a_detector_and_the_first_network_in_grey():
+    table = network_table(["MSP", "Energy"], ["backbone", "UM", "UMAP"], {"SVHN": "far", "CIFAR-100": "near"})
+    figure = plots.network_comparison(table, caption=CAPTION)
+    near, far = figure.axes
+    assert [near.get_title(), far.get_title()] == ["CIFAR-100 (near)", "SVHN (far)"]
+    assert tick_names(near.yaxis) == ["MSP", "Energy"]
+    np.testing.assert_allclose(marks(far, "o"), [90, 91])
+    np.testing.assert_allclose(marks(near, "^"), [89.2, 90.2])
+    before, after = (next(line for line in far.lines if line.get_marker() == marker) for marker in "os")
+    assert same_color(before.get_color(), "0.5") and same_color(after.get_color(), plots.ID_COLOUR)
+    with pytest.raises(InputError, match="table of networks has no column fpr95_hi"):
+        plots.network_comparison(table.drop(columns="fpr95_hi"), "fpr95", caption=CAPTION)
+
+
+def test_recipe_sweep_draws_sets_mean_accuracy_and_baselines():
+    table = recipe_table([0.1, 10, None], {"SVHN": "far", "CIFAR-100": "near"})
+    baselines = {"backbone": {"auroc": 70.0, "fpr95": 60.0, "id_accuracy": 95.0}, "plain": {"fpr95": 50.0}}
+    figure = plots.recipe_sweep(table, "keep rate", log=True, baselines=baselines, caption=CAPTION)
+    _, fpr95, accuracy = figure.axes
+    black = [line for line in fpr95.lines if same_color(line.get_color(), "black")]
+    np.testing.assert_allclose([*black[0].get_ydata(), *black[1].get_ydata()], [11, 21, 31])  # "off" apart
+    np.testing.assert_allclose(np.diff(black[0].get_xdata()), 2)
+    assert tick_names(fpr95.xaxis)[::2] == ["0.1", "off"] and "log scale" in fpr95.get_xlabel()
+    intervals = [segment[:, 1].tolist() for item in fpr95.collections for segment in item.get_segments()]
+    assert [11.0, 13.0] in intervals and [29.0, 31.0] in intervals and len(intervals) == 6
+    np.testing.assert_allclose(accuracy.lines[0].get_ydata(), [90, 91])
+    grey = [
+        [line.get_ydata()[0] for line in axes.lines if line.get_color() == "0.35"] for axes in figure.axes
+    ]
+    assert grey == [[70], [60, 50], [95]] and {"backbone", "plain"} <= set(texts(figure))
+    lacking = table[(table.value != 10) | (table.ood_set == "SVHN")]
+    fewer = plots.recipe_sweep(lacking, "keep rate", caption=CAPTION).axes[1]
+    mean = next(line for line in fewer.lines if same_color(line.get_color(), "black"))
+    assert list(mean.get_ydata()) == [11]
+    with pytest.raises(InputError, match="Found keep rate = 0, expected values above 0 on a log scale"):
+        plots.recipe_sweep(table.fillna({"value": 0}), "keep rate", log=True, caption=CAPTION)
+    with pytest.raises(InputError, match="sweep of keep rate has no rows"):
+        plots.recipe_sweep(table.iloc[:0], "keep rate", caption=CAPTION)
+
+
+def test_selected_outliers_count_on_the_scale_of_the_pool():
+    pool = torch.linspace(0, 1, 1000)
+    selected = {"hardest": pool[:100], "random": pool[::10]}
+    figure = plots.selected_outliers(pool, selected, label="|β·h|", id_scores=pool[500:], caption=CAPTION)
+    hardest, random = figure.axes
+    assert hardest.get_title() == "hardest\n100 of 1,000 (10 %)" and random.get_xlabel() == "|β·h|"
+    assert hardest.get_yscale() == "log" and hardest.get_ylim() == random.get_ylim()
+    heights = np.array([bar.get_height() for bar in hardest.patches[:100]]).reshape(2, 50)
+    assert heights.sum(axis=1).tolist() == [1000, 100]
+    assert heights[1][:4].tolist() == heights[0][:4].tolist() and heights[1][6:].max() == 0
+    assert "in-distribution" in texts(figure)
+    alone = plots.selected_outliers(pool, {"random": pool}, label="|β·h|", caption=CAPTION)
+    assert {"selected", "pool"} <= set(texts(alone)) and "in-distribution" not in texts(alone)
+    with pytest.raises(InputError, match="Found no scores of the selection 'none', expected at least one"):
+        plots.selected_outliers(pool, {"none": pool[:0]}, label="|β·h|", caption=CAPTION)
+
+
+def test_forgetting_counts_the_images_that_lost_more_than_half():
+    before, after = torch.tensor([0.91, 0.91, 0.8, 0.5]), torch.tensor([0.91, 0.21, 0.4, 1.0])
+    figure = plots.forgetting(before, after, labels=("backbone", "UM"), caption=CAPTION)
+    axes = figure.axes[1]
+    assert "lost half; 25.00 % of 4 images lost more" in texts(figure)
+    counts = axes.collections[0].get_array()
+    assert counts.sum() == 4 and counts[8, 36] == 1  # rows: after, columns: before, in fortieths
+    assert axes.get_xlabel().endswith("backbone") and axes.get_ylabel().endswith("UM")
+    assert [line.get_ydata()[-1] for line in axes.lines] == [1, 0.5]
+    with pytest.raises(InputError, match=r"Found probabilities \[4\] before and \[3\] after"):
+        plots.forgetting(before, after[:3], caption=CAPTION)
+    with pytest.raises(InputError, match="The probabilities after are between"):
+        plots.forgetting(before, after + 1, caption=CAPTION)
+    with pytest.raises(InputError, match="Found no probabilities, expected at least one"):
+        plots.forgetting(before[:0], after[:0], caption=CAPTION)
 
 
 def test_an_unknown_metric_is_refused():

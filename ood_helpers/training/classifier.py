@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ood_helpers.backbones import Classifier
-from ood_helpers.config import TrainingConfig
+from ood_helpers.config import EpochTrainingConfig, TrainingConfig
 from ood_helpers.data import ImageSet, Transform
 from ood_helpers.errors import InputError
 from ood_helpers.groups import Groups, classify
@@ -65,6 +65,8 @@ def train_classifier(
         device=device,
         directory=directory,
         validate=validate,
+        tracked=True,
+        save_every=config.save_every,
         settings={"images": len(train)},
         description=f"Training {type(network).__name__}",
     )
@@ -143,7 +145,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 def augmented_batches(
     image_set: ImageSet,
     transform: Transform,
-    config: TrainingConfig,
+    config: TrainingConfig | EpochTrainingConfig,
     generator: torch.Generator,
     device: str | torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:

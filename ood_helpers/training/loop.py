@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -12,10 +12,11 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
-from ood_helpers.config import FineTuningConfig, TrainingConfig
+from ood_helpers.config import EpochTrainingConfig, FineTuningConfig, TrainingConfig
 from ood_helpers.errors import InputError
-from ood_helpers.files import atomic_path, write_text
+from ood_helpers.files import atomic_path, write_json, write_text
 from ood_helpers.progress import track
 
 Batch = tuple[Tensor, ...]
@@ -23,9 +24,19 @@ EpochBatches = Callable[[int, torch.Generator], Iterable[Batch]]
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Mapping[str, Tensor | float]]]
 Validation = Callable[[nn.Module], Mapping[str, float]]
 LearningRate = Callable[[int], float]
+Step = Callable[[nn.Module, Batch, torch.optim.Optimizer], tuple[Tensor, Mapping[str, Tensor | float]]]
+Config = TrainingConfig | FineTuningConfig | EpochTrainingConfig
 
 TRAINING_VERSION = 1  # raise it when the same settings and images give other weights
 STEPS_BETWEEN_CHECKS = 50  # looking at the loss waits for the GPU
+
+
+class Stateful(Protocol):
+    """What a training remembers beside network, optimizer and schedule: tensors and plain values."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def finished(directory: Path) -> bool:
@@ -36,8 +47,8 @@ def finished(directory: Path) -> bool:
 def train(
     network: nn.Module,
     epoch_batches: EpochBatches,
-    loss_function: LossFunction,
-    config: TrainingConfig | FineTuningConfig,
+    loss_function: LossFunction | None,
+    config: Config,
     *,
     steps_per_epoch: int,
     seed: int,
@@ -48,6 +59,11 @@ def train(
     micro_batch_size: int | None = None,
     train_mode: Callable[[nn.Module], Any] = nn.Module.train,
     validate: Validation | None = None,
+    step: Step | None = None,
+    state: Stateful | None = None,
+    tracked: bool = False,
+    save_every: int | None = None,
+    scored_epoch: str | int = "last",
     nesterov: bool = True,
     settings: Mapping[str, Any] | None = None,
     description: str = "Training",
@@ -77,6 +93,13 @@ def train(
     unit : what the progress bar calls an epoch
     train_mode : puts the network into the mode it is trained in; nn.Module.eval keeps the statistics of batch norm
     validate : called after each epoch with the network in eval mode and without gradients; gives values to log
+    step : (network, batch, optimizer) -> loss and values to log, in place of `loss_function`, for trainings with more
+        than one pass or step a batch: it does all of them
+    state : what else changes during the training, kept with an interrupted one
+    tracked : keep what lets one look back: checkpoints/first.safetensors (before the training), best.safetensors (the
+        earliest epoch of highest validation_accuracy), last.safetensors and, with `save_every`, epoch_<number>.safetensors;
+        settings.json; and the history as events that TensorBoard reads, in tensorboard/
+    scored_epoch : whose weights the network ends with: `last`, `best`, or a number; other than `last` for tracked ones
     nesterov : Nesterov momentum; without effect at momentum 0
     settings : what else (JSON values) the result depends on; a directory with other settings is refused
 
@@ -87,8 +110,8 @@ def train(
 
     Raises
     ------
-    InputError : the loss is not finite, nothing to train, or the directory holds unreadable files or
-        another training
+    InputError : the loss is not finite, nothing to train, no validation to choose the best epoch by, or the directory
+        holds unreadable files or another training
     """
     directory, device = Path(directory), torch.device(device)
     weights_path, history_path = directory / "weights.safetensors", directory / "history.csv"
@@ -105,11 +128,15 @@ def train(
     )
     network.to(device=device, memory_format=torch.channels_last)
     if finished(directory):
-        _load_weights(network, weights_path, signature)
+        load_weights(network, weights_path, signature)
         state_path.unlink(missing_ok=True)
         network.eval()
         return pd.read_csv(history_path)
 
+    if scored_epoch == "best" and validate is None:
+        raise InputError(
+            "Found no validation images to choose the best epoch by, expected some; add id.validation, or score the last."
+        )
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if not trainable:
         raise InputError(
@@ -126,7 +153,12 @@ def train(
     epochs = math.ceil(steps / steps_per_epoch)
     scheduler = _schedule(optimizer, config, steps, learning_rate)
     parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
+    if state is not None:
+        parts["state"] = state
     history: list[dict[str, float]] = _restore(parts, state_path, signature) if state_path.exists() else []
+    track_record = _Track(directory, save_every, scored_epoch, signature) if tracked else None
+    if track_record is not None and not history:
+        track_record.begin(network)
 
     with (
         track(description=description, total=epochs, unit=unit) as bar,
@@ -139,16 +171,15 @@ def train(
             epoch_seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
             torch.manual_seed(epoch_seed)
             batches = epoch_batches(epoch, torch.Generator().manual_seed(epoch_seed))
-            step = min(epoch * steps_per_epoch, steps)
+            last_step = min(epoch * steps_per_epoch, steps)
             train_mode(network)
             trained = _train_epoch(
                 network,
                 batches,
-                loss_function,
+                step or _plain_step(loss_function, micro_batch_size),
                 optimizer,
                 scheduler,
-                steps=step - (epoch - 1) * steps_per_epoch,
-                micro_batch_size=micro_batch_size,
+                steps=last_step - (epoch - 1) * steps_per_epoch,
                 epoch=epoch,
             )
             network.eval()
@@ -157,14 +188,16 @@ def train(
             history.append(
                 {
                     "epoch": epoch,
-                    "step": step,
+                    "step": last_step,
                     **trained,
                     **{f"validation_{name}": float(value) for name, value in validated.items()},
                 }
             )
-            state = {name: part.state_dict() for name, part in parts.items()}
+            if track_record is not None:
+                track_record.add(network, history)
+            states = {name: part.state_dict() for name, part in parts.items()}
             with atomic_path(state_path) as temporary:
-                torch.save({**state, "history": history, "signature": signature}, temporary)
+                torch.save({**states, "history": history, "signature": signature}, temporary)
             shown = {
                 name.removeprefix("train_"): history[-1][name]
                 for name in trained
@@ -173,10 +206,10 @@ def train(
             bar.set_postfix(shown, refresh=False)
             bar.update()
 
+    if track_record is not None:
+        track_record.end(network)
     write_text(history_path, pd.DataFrame(history).to_csv(index=False))
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    with atomic_path(weights_path) as temporary:
-        safetensors.torch.save_file(weights, temporary, metadata={"training": signature})
+    save_weights(network, weights_path, signature)
     state_path.unlink(missing_ok=True)
     network.eval()
     return pd.read_csv(history_path)
@@ -184,7 +217,7 @@ def train(
 
 def _schedule(
     optimizer: torch.optim.Optimizer,
-    config: TrainingConfig | FineTuningConfig,
+    config: Config,
     steps: int,
     learning_rate: LearningRate | None,
 ) -> torch.optim.lr_scheduler.LRScheduler:
@@ -200,30 +233,45 @@ def _schedule(
     )
 
 
+def _plain_step(loss_function: LossFunction, micro_batch_size: int | None) -> Step:
+    """One step down the gradient of a mean loss, whose batch may be passed in parts."""
+
+    def step(
+        network: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        optimizer.zero_grad(set_to_none=True)
+        logged: dict[str, Tensor] = {}
+        for part in _parts(batch, micro_batch_size):
+            loss, values = loss_function(network, part)
+            share = len(part[0]) / len(batch[0])
+            (loss * share).backward()
+            for name, value in {"loss": loss, **values}.items():
+                logged[name] = logged.get(name, 0) + share * torch.as_tensor(value).detach()
+        optimizer.step()
+        return logged.pop("loss"), logged
+
+    return step
+
+
 def _train_epoch(
     network: nn.Module,
     batches: Iterable[Batch],
-    loss_function: LossFunction,
+    train_step: Step,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     *,
     steps: int,
-    micro_batch_size: int | None,
     epoch: int,
 ) -> dict[str, float]:
     """One epoch: the learning rate of its last step, and the means of the loss and the logged values."""
     logged: dict[str, list[float | Tensor]] = {}
     samples = []
     for step, batch in zip(range(1, steps + 1), batches, strict=True):
-        optimizer.zero_grad(set_to_none=True)
-        for part in _parts(batch, micro_batch_size):
-            loss, values = loss_function(network, part)
-            (loss * (len(part[0]) / len(batch[0]))).backward()
-            for name, value in {"loss": loss, **values}.items():
-                logged.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
-            samples.append(len(part[0]))
         learning_rate = float(optimizer.param_groups[0]["lr"])
-        optimizer.step()
+        loss, values = train_step(network, batch, optimizer)
+        for name, value in {"loss": loss, **values}.items():
+            logged.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+        samples.append(len(batch[0]))
         scheduler.step()
         if step % STEPS_BETWEEN_CHECKS == 0:
             _check_finite(float(loss.detach()), epoch)
@@ -234,6 +282,63 @@ def _train_epoch(
     means = {f"train_{name}": float(np.average(column, weights=samples)) for name, column in columns.items()}
     _check_finite(means["train_loss"], epoch)
     return {"learning_rate": learning_rate, **means}
+
+
+class _Track:
+    """What a tracked training leaves behind; see `train`."""
+
+    def __init__(
+        self, directory: Path, save_every: int | None, scored_epoch: str | int, signature: str
+    ) -> None:
+        self.directory, self.signature = directory, signature
+        self.save_every, self.scored_epoch = save_every, scored_epoch
+        self.events: SummaryWriter | None = None
+
+    def begin(self, network: nn.Module) -> None:
+        write_json(self.directory / "settings.json", json.loads(self.signature))
+        self._save(network, "first")
+
+    def add(self, network: nn.Module, history: list[dict[str, float]]) -> None:
+        epoch = int(history[-1]["epoch"])
+        if (self.save_every and epoch % self.save_every == 0) or epoch == self.scored_epoch:
+            self._save(network, epoch)
+        accuracies = [line.get("validation_accuracy", math.nan) for line in history]
+        if accuracies[-1] > max(accuracies[:-1], default=-math.inf):
+            self._save(network, "best")
+        if self.events is None:
+            self.events = SummaryWriter(str(self.directory / "tensorboard"), purge_step=epoch)
+        for name, value in history[-1].items():
+            if name != "epoch":
+                self.events.add_scalar(name, value, epoch)
+        self.events.flush()
+
+    def end(self, network: nn.Module) -> None:
+        self._save(network, "last")
+        if self.scored_epoch != "last":
+            load_weights(network, checkpoint_path(self.directory, self.scored_epoch), self.signature)
+        if self.events is not None:
+            self.events.close()
+
+    def _save(self, network: nn.Module, which: str | int) -> None:
+        save_weights(network, checkpoint_path(self.directory, which), self.signature)
+
+
+def checkpoint_path(directory: Path, which: str | int) -> Path:
+    """Where a tracked training keeps the weights of `first`, `best`, `last` or an epoch by its number."""
+    name = f"epoch_{which}" if isinstance(which, int) else which
+    return Path(directory) / "checkpoints" / f"{name}.safetensors"
+
+
+def saved_epochs(directory: Path) -> dict[int, Path]:
+    """Epoch (0 = before the training) -> weights, of those that a tracked training has saved, in order."""
+    found = {0: checkpoint_path(directory, "first")}
+    for path in Path(directory).glob("checkpoints/epoch_*.safetensors"):
+        found[int(path.stem.removeprefix("epoch_"))] = path
+    if (Path(directory) / "history.csv").exists():
+        found[int(pd.read_csv(Path(directory) / "history.csv").epoch.iloc[-1])] = checkpoint_path(
+            directory, "last"
+        )
+    return {epoch: path for epoch, path in sorted(found.items()) if path.exists()}
 
 
 def _parts(batch: Batch, size: int | None) -> Iterable[Batch]:
@@ -265,16 +370,29 @@ def _restore(parts: Mapping[str, Any], path: Path, signature: str) -> list[dict[
         raise InputError(problem) from None
 
 
-def _load_weights(network: nn.Module, path: Path, signature: str) -> None:
-    """Load the weights of a finished training."""
-    problem = f"The weights of a finished training {path} are unreadable; delete this file to train again."
+def save_weights(network: nn.Module, path: Path, signature: str) -> None:
+    """Write the state dict of a training, atomically."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(weights, temporary, metadata={"training": signature})
+
+
+def load_weights(network: nn.Module, path: Path, signature: str | None = None) -> None:
+    """Load weights that a training has saved; with `signature` those of this training alone.
+
+    Raises
+    ------
+    InputError : unreadable, of another training, or of another network
+    """
+    problem = f"The weights of a training {path} are unreadable; delete this file to train again."
     try:
         with safetensors.safe_open(path, "pt") as file:
             found = (file.metadata() or {}).get("training", "{}")
         weights = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError):
         raise InputError(problem) from None
-    _refuse_other_training(found, signature, path)
+    if signature is not None:
+        _refuse_other_training(found, signature, path)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
