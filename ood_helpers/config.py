@@ -579,16 +579,11 @@ class EpochTrainingConfig(NetworkRecipe):
         unused = self.without_effect | {"checkpoint", "expected_accuracy", "tolerance"}
         return self.model_dump(mode="json", exclude_none=True, exclude=unused)
 
-    def with_id_loss(self, id_loss: str) -> Self:
-        """The same recipe with another loss of the ID images; a constraint that it does not need is left out."""
-        kept = self.model_dump(exclude_unset=True)
-        if id_loss != "um":
-            kept = {
-                name: value
-                for name, value in kept.items()
-                if name not in ("loss_constraint", "estimate", "beta")
-            }
-        return type(self)(**kept | {"id_loss": id_loss})
+    def changed(self, **changes: Any) -> Self:
+        """The same recipe with some fields changed and checked anew, without those that lose their effect by it."""
+        draft = self.model_copy(update=changes)
+        kept = draft.model_dump(include=draft.model_fields_set - draft.without_effect, warnings=False)
+        return type(self)(**kept)
 
 
 class UnleashingMaskConfig(EpochTrainingConfig):
@@ -633,9 +628,7 @@ class UnleashingMaskConfig(EpochTrainingConfig):
 
     def plain(self) -> "UnleashingMaskConfig":
         """The same budget with plain cross-entropy and no masks: what UM and UMAP are held against."""
-        fields = set(EpochTrainingConfig.model_fields) - {"expected_accuracy", "tolerance"}
-        kept = UnleashingMaskConfig(**self.model_dump(include=fields, exclude_unset=True))
-        return kept.with_id_loss("cross_entropy")
+        return self.changed(id_loss="cross_entropy", keep_rate=None, expected_accuracy=None)
 
 
 class EnergyMargins(Model):
@@ -817,9 +810,12 @@ class UnleashingAblations(Model):
     factors: tuple[PositiveFloat, ...] = Field((), description="loss constraints, in units of the estimate")
     keep_rates: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((), description="of UMAP's masks")
     epochs: tuple[PositiveInt, ...] = Field((), description="lengths of UM's training")
+    estimate_keep_rates: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (), description="at which the loss under random masks is drawn, beside the one in use"
+    )
     changes: dict[str, Any] = Field(
         {},
-        description="what the recipes of all ablations have otherwise than `um` and `umap`, such as fewer epochs",
+        description="what the recipes of the first two have otherwise than `um` and `umap`, such as fewer epochs",
     )
     images: PositiveInt = Field(500, description="of each set, for the detection along a training")
     from_scratch: BackboneConfig | None = Field(

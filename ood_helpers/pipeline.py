@@ -561,7 +561,7 @@ class Experiment:
         Returns
         -------
         one line an epoch (0 = before), detector and OOD set: epoch, detector, ood_set, group, fpr95, auroc and id_accuracy
-        in percent, cross_entropy (mean of the ID images, in nats), id_score and ood_score (means)
+        in percent, id_score and ood_score (means), and cross_entropy, that of the epoch's training batches (NaN of epoch 0)
         """
         _ = network.network
         path = network.model_directory / f"along-{self._along_key(network, images, rows)}.csv"
@@ -571,7 +571,10 @@ class Experiment:
                 for epoch in track(network.saved_epochs, description="Saved epochs", unit="epoch"):
                     lines += self._detection_at(network.at_epoch(epoch), epoch, images, rows)
                 write_text(path, pd.DataFrame(lines).to_csv(index=False))
-        return pd.read_csv(path)
+        history = network.training_history.set_index("epoch")
+        column = "train_cross_entropy" if "train_cross_entropy" in history else "train_loss"
+        table = pd.read_csv(path)
+        return table.assign(cross_entropy=table.epoch.map(history[column]))
 
     def _along_key(self, network: ExperimentNetwork, images: int | None, rows: Sequence[str]) -> str:
         sets = [self.image_set(name).fingerprint for name in ("test", *self.ood_groups)]
@@ -599,10 +602,7 @@ class Experiment:
             return FeatureBank(features, head.to("cpu").logits(features), labels)
 
         test, lines = bank_of("test"), []
-        facts = {
-            "id_accuracy": accuracy(test, head),
-            "cross_entropy": float(torch.nn.functional.cross_entropy(test.logits.double(), test.labels)),
-        }
+        id_accuracy = accuracy(test, head)
         fitted = {row: copy.copy(self._unfitted(row)).fit(test, head) for row in rows}
         id_scores = {row: detector.score_samples(test) for row, detector in fitted.items()}
         for name, group in self.ood_groups.items():
@@ -612,7 +612,7 @@ class Experiment:
                 values = metrics.evaluate(id_scores[row], ood_scores)
                 lines.append(
                     {"epoch": epoch, "detector": self._label(row), "ood_set": name, "group": group}
-                    | {"fpr95": values["fpr95"], "auroc": values["auroc"], **facts}
+                    | {"fpr95": values["fpr95"], "auroc": values["auroc"], "id_accuracy": id_accuracy}
                     | {"id_score": float(id_scores[row].mean()), "ood_score": float(ood_scores.mean())}
                 )
         return lines

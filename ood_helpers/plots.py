@@ -1807,7 +1807,7 @@ def training_stages(table: pd.DataFrame, *, caption: str, title: str = "") -> Fi
     handles = _sets_and_mean_handles(sets)
     star = {"markeredgecolor": "white", "markersize": 11}
     handles.append(_dot("black", "*", "best epoch" + " of the mean" * (len(sets) > 1), **star))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    _legend_below(figure, handles, 4)
     return figure
 
 
@@ -1854,7 +1854,8 @@ def loss_constraint(table: pd.DataFrame, *, caption: str, title: str = "") -> Fi
         axes.axhline(by_rate["mean"][1], **look, zorder=1)
         handles.append(Line2D([], [], **look, label=f"no mask: {by_rate['mean'][1]:.3f}"))
     axes.set(xlabel="share of the weights that the mask keeps", ylabel="training cross-entropy\n(log scale)")
-    axes.set_xlim(min(places.values()) - 0.06 * span, max(places.values()) + 0.06 * span)
+    margin = 0.06 * span if len(places) > 1 else 0.5
+    axes.set_xlim(min(places.values()) - margin, max(places.values()) + margin)
     _value_ticks(axes.xaxis, places, inches=5.3)
     _log_values(axes)
     axes.grid(True)
@@ -1911,7 +1912,7 @@ def unleashing_curves(
         handles.append(Line2D([], [], **look, label=f"loss constraint u = {constraint:.3g}"))
     _log_values(losses)
     handles.append(Line2D([], [], color=_pale("0.3"), label="pale: accuracy on training images"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3 if len(shown) > 1 else 2)
+    _legend_below(figure, handles, 3)
     return figure
 
 
@@ -1980,11 +1981,11 @@ def recipe_sweep(
             if column in values:
                 axes.axhline(values[column], **look, zorder=1)
     for axes in all_axes:
-        axes.set_xlabel(textwrap.fill(parameter, 28) + "\n(log scale)" * log)
+        axes.set_xlabel(textwrap.fill(parameter, 24) + "\n(log scale)" * log)
         _value_ticks(axes.xaxis, places, inches=1.5)
         axes.margins(x=0.08)
         axes.grid(True)
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    _legend_below(figure, handles, 4)
     return figure
 
 
@@ -2021,7 +2022,7 @@ def selected_outliers(
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
         share = 100 * len(scores) / len(pool)
-        axes.set_title(f"{textwrap.fill(name, 30)}\n{len(scores):,} of {len(pool):,} ({share:.3g} %)")
+        axes.set_title(f"{textwrap.fill(name, 26)}\n{len(scores):,} of {len(pool):,} ({share:.3g} %)")
     all_axes[0].set_ylim(bottom=0.7)
     _label_outer(all_axes, textwrap.fill(label, 36), "images per bin\n(log scale)")
     handles = [Patch(facecolor="0.85", label="pool"), Patch(facecolor=_colour(0), label="selected")]
@@ -2172,7 +2173,7 @@ def _interval_rows(
     handles.append(Line2D([], [], color="0.3", linewidth=1.2, label="95 % interval"))
     if metric == "auroc" and any(axes.get_xlim()[0] < 50 for axes in all_axes):
         handles.append(Line2D([], [], color="0.4", linestyle=":", linewidth=1, label="chance"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4 if len(all_axes) > 1 else 2)
+    _legend_below(figure, handles, 4 if len(all_axes) > 1 else 2)
     return figure
 
 
@@ -2332,6 +2333,16 @@ def _dot(colour: str, marker: str, label: str, /, **look: Any) -> Line2D:
     return Line2D(
         [], [], **{"linestyle": "", "marker": marker, "color": colour, "markersize": 5} | look, label=label
     )
+
+
+def _legend_below(figure: Figure, handles: Sequence[Any], columns: int) -> None:
+    """A legend below the axes, in up to so many columns as their names leave room for."""
+    for count in range(columns, 0, -1):
+        # matplotlib fills the columns one by one; a letter is 0.06 inches wide, a marker with its spaces 0.53
+        parts = np.array_split([len(handle.get_label()) for handle in handles], count)
+        if sum(0.53 + 0.06 * part.max(initial=0) for part in parts) <= figure.get_figwidth():
+            break
+    figure.legend(handles=handles, loc="outside lower center", ncols=count)
 
 
 def _sets_and_mean_handles(sets: Mapping[str, str]) -> list[Line2D]:

@@ -1473,6 +1473,14 @@ def test_forgetting_counts_the_images_that_lost_more_than_half():
         plots.forgetting(before[:0], after[:0], caption=CAPTION)
 
 
+def test_a_legend_of_long_names_has_fewer_columns():
+    names = [f"outlier exposure with energy margins and a loss constraint {n}" for n in range(4)]
+    figure = plots.unleashing_curves(dict.fromkeys(names, unleashing_history(3)), 0.1, caption=CAPTION)
+    assert clipped(figure) == []
+    one_panel = network_table(["MSP"], names, {"SVHN": "far"})
+    assert clipped(plots.network_comparison(one_panel, caption=CAPTION)) == []
+
+
 def test_an_unknown_metric_is_refused():
     sweep = sweep_table([1, 2], {"SVHN": "far"}, parameter="k", is_default=False)
     with pytest.raises(InputError, match="did you mean 'auroc'"):

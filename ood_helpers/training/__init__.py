@@ -41,6 +41,7 @@ from ood_helpers.training.loop import (
     saved_epochs,
     train,
 )
+from ood_helpers.training.outliers import OutlierSampler
 from ood_helpers.training.unleashing import (
     ESTIMATE_VERSION,
     LossConstraint,
@@ -55,6 +56,7 @@ __all__ = [
     "IGNORED",
     "TRAINING_VERSION",
     "LossConstraint",
+    "OutlierSampler",
     "apply_masks",
     "approximation",
     "augment",

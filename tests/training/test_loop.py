@@ -1,18 +1,20 @@
-"""The shared loop: resuming bit for bit, finished trainings, and what a broken directory says."""
+"""The shared loop: resuming bit for bit, finished and tracked trainings, and what a broken directory says."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ood_helpers.config import TrainingConfig
 from ood_helpers.errors import InputError
-from ood_helpers.training import train
+from ood_helpers.training import checkpoint_path, load_weights, saved_epochs, train
 
 STEPS, EPOCHS = 3, 4
 
@@ -44,7 +46,11 @@ def loss_function(network, batch):
 def run(directory: Path, network=None, **changes) -> pd.DataFrame:
     settings = {"epochs": EPOCHS, "learning_rate": 0.05, "schedule": "one_cycle"}
     settings.update(
-        {name: changes.pop(name) for name in list(changes) if name in TrainingConfig.model_fields}
+        {
+            name: changes.pop(name)
+            for name in list(changes)
+            if name in TrainingConfig.model_fields and name != "save_every"  # which the loop is given apart
+        }
     )
     arguments = {"steps_per_epoch": STEPS, "seed": 3, "device": "cpu", "directory": directory}
     epoch_batches = changes.pop("epoch_batches", batches)
@@ -299,3 +305,151 @@ def test_weights_of_another_network(tmp_path):
     interrupted(tmp_path / "interrupted")
     with pytest.raises(InputError, match="delete this file"):
         run(tmp_path / "interrupted", nn.Sequential(nn.Flatten(), nn.Linear(192, 3)))
+
+
+# ---- tracked trainings, steps and states of their own -------------------------------------------------------
+
+
+def accuracy_by_epoch(values):
+    """A validation whose accuracy is the next of `values`."""
+    values = iter(values)
+    return lambda network: {"accuracy": next(values)}
+
+
+def stored(directory: Path, which: str | int) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(checkpoint_path(directory, which))
+
+
+def same_weights(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_untracked_training_leaves_weights_and_history_alone(tmp_path):
+    run(tmp_path, save_every=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.csv", "weights.safetensors"]
+    assert saved_epochs(tmp_path) == {}
+
+
+def test_tracking_changes_nothing_of_the_training(tmp_path):
+    plain = run(tmp_path / "plain")
+    tracked = run(tmp_path / "tracked", tracked=True, save_every=1)
+    pd.testing.assert_frame_equal(plain, tracked, check_exact=True)
+    contents = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("plain", "tracked")]
+    assert contents[0] == contents[1]
+
+
+def test_checkpoints_of_a_tracked_training(tmp_path):
+    start = make_network().state_dict()
+    accuracies = [50, 70, 70, 60]  # of equal ones the earliest
+    run(tmp_path, tracked=True, save_every=2, validate=accuracy_by_epoch(accuracies))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"{name}.safetensors" for name in ("best", "epoch_2", "epoch_4", "first", "last")]
+    assert same_weights(stored(tmp_path, "first"), start)
+    assert same_weights(stored(tmp_path, "best"), stored(tmp_path, 2))
+    assert same_weights(stored(tmp_path, "last"), stored(tmp_path, 4))
+    assert same_weights(
+        stored(tmp_path, "last"), safetensors.torch.load_file(tmp_path / "weights.safetensors")
+    )
+    assert not same_weights(stored(tmp_path, 2), stored(tmp_path, 4))
+    assert list(saved_epochs(tmp_path)) == [0, 2, 4]
+    assert json.loads((tmp_path / "settings.json").read_text())["epochs"] == EPOCHS
+
+
+def test_the_last_epoch_is_among_the_saved_ones(tmp_path):
+    run(tmp_path, tracked=True, save_every=3)
+    found = saved_epochs(tmp_path)
+    assert {epoch: path.stem for epoch, path in found.items()} == {0: "first", 3: "epoch_3", 4: "last"}
+
+
+def test_without_accuracies_there_is_no_best_epoch(tmp_path):
+    run(tmp_path, tracked=True, validate=accuracy_by_epoch([math.nan] * EPOCHS))
+    assert not checkpoint_path(tmp_path, "best").exists()
+
+
+@pytest.mark.parametrize(("scored", "expected"), [("best", 2), (3, 3), (4, "last"), ("last", "last")])
+def test_scored_epoch(tmp_path, scored, expected):
+    options = {"tracked": True, "save_every": 1, "scored_epoch": scored}
+    network = make_network()
+    run(tmp_path, network, validate=accuracy_by_epoch([50, 70, 70, 60]), **options)
+    weights = stored(tmp_path, expected)
+    assert same_weights(network.state_dict(), weights)
+    again = make_network()
+    run(tmp_path, again, **options)
+    assert same_weights(again.state_dict(), weights)
+
+
+def test_the_best_epoch_of_a_training_without_validation(tmp_path):
+    with pytest.raises(InputError, match=r"no validation images to choose the best epoch by.*id\.validation"):
+        run(tmp_path, tracked=True, scored_epoch="best")
+
+
+def test_a_best_epoch_before_the_interruption_is_kept(tmp_path):
+    accuracies = [50, 70, 60, 65]
+    options = {"tracked": True, "save_every": 1, "scored_epoch": "best"}
+    run(tmp_path / "whole", validate=accuracy_by_epoch(accuracies), **options)
+    with pytest.raises(StopIteration):
+        run(tmp_path / "parts", validate=accuracy_by_epoch(accuracies[:2]), **options)
+    run(tmp_path / "parts", validate=accuracy_by_epoch(accuracies[2:]), **options)
+    for name in ("weights.safetensors", "checkpoints/best.safetensors", "checkpoints/first.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_a_step_of_its_own_takes_the_place_of_the_loss(tmp_path):
+    """Two steps of plain SGD a batch, which a loss function could not do."""
+
+    def step(network, batch, optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss, values = loss_function(network, batch)
+            loss.backward()
+            optimizer.step()
+        return loss, values
+
+    frame = run(tmp_path / "two", loss=None, step=step)
+    assert frame.columns.tolist() == run(tmp_path / "one").columns.tolist()
+    assert frame["step"].tolist() == [STEPS * epoch for epoch in range(1, EPOCHS + 1)]
+    contents = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("one", "two")]
+    assert contents[0] != contents[1]
+
+
+class Counter:
+    """A state that the loss depends on."""
+
+    def __init__(self):
+        self.steps, self.mean = 0, torch.zeros(())
+
+    def state_dict(self):
+        return {"steps": self.steps, "mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.steps, self.mean = state["steps"], state["mean"]
+
+    def loss(self, network, batch):
+        loss, values = loss_function(network, batch)
+        self.steps, self.mean = self.steps + 1, 0.9 * self.mean + 0.1 * loss.detach()
+        return loss + 0.1 * self.steps * (loss - self.mean).square(), values
+
+
+def test_a_state_of_its_own_survives_an_interruption(tmp_path):
+    whole = Counter()
+    run(tmp_path / "whole", loss=whole.loss, state=whole)
+    with pytest.raises(StopIteration):
+        first = Counter()
+        run(tmp_path / "parts", loss=first.loss, state=first, validate=accuracy_by_epoch([1, 2]))
+    second = Counter()
+    run(tmp_path / "parts", loss=second.loss, state=second)
+    assert first.steps == 3 * STEPS and second.steps == whole.steps == EPOCHS * STEPS
+    assert torch.equal(second.mean, whole.mean)
+    contents = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert contents[0] == contents[1]
+
+
+def test_weights_of_a_training_by_hand(tmp_path):
+    run(tmp_path, tracked=True)
+    network = make_network()
+    load_weights(network, checkpoint_path(tmp_path, "last"))
+    assert same_weights(network.state_dict(), stored(tmp_path, "last"))
+    with pytest.raises(InputError, match="unreadable; delete this file"):
+        load_weights(network, checkpoint_path(tmp_path, 7))
+    with pytest.raises(InputError, match="weights of another network"):
+        load_weights(nn.Linear(2, 2), checkpoint_path(tmp_path, "last"))
