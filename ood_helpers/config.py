@@ -21,6 +21,7 @@ from pydantic import (
     PositiveInt,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -561,11 +562,25 @@ class EpochTrainingConfig(NetworkRecipe):
             raise ValueError("estimate has no effect where loss_constraint is given; remove one of the two")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov has no effect without momentum; remove it")
-        for name in ("warmup_epochs", "save_every", "scored_epoch"):
+        for name in ("save_every", "scored_epoch"):
             value = getattr(self, name)
             if isinstance(value, int) and value > self.epochs:
                 raise ValueError(f"{name} is {value}, expected at most the {self.epochs} epochs")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs}, expected less than the {self.epochs} epochs"
+            )
         return self
+
+    @field_validator("start", "scored_epoch", mode="before")
+    @classmethod
+    def _an_epoch(cls, value: Any, info: ValidationInfo) -> Any:
+        words, path = ("last", "best"), info.field_name == "start" and "." in str(value)
+        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value in words or number or path:
+            return value
+        other = ", or the path of a checkpoint with its ending" if info.field_name == "start" else ""
+        raise ValueError(f"found {value!r}, expected last, best or the number of an epoch from 1{other}")
 
     @property
     def without_effect(self) -> set[str]:
@@ -578,6 +593,10 @@ class EpochTrainingConfig(NetworkRecipe):
         """What the trained weights depend on, ready for JSON."""
         unused = self.without_effect | {"checkpoint", "expected_accuracy", "tolerance"}
         return self.model_dump(mode="json", exclude_none=True, exclude=unused)
+
+    def trained_by(self) -> Self:
+        """The recipe without what the trained weights do not depend on."""
+        return self.changed(expected_accuracy=None, tolerance=0.5)
 
     def changed(self, **changes: Any) -> Self:
         """The same recipe with some fields changed and checked anew, without those that lose their effect by it."""

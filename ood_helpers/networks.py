@@ -147,7 +147,16 @@ class ExperimentNetwork:
         return network.eval().to(self.experiment.device)
 
     def at_epoch(self, epoch: int) -> Classifier:
-        """The network as it was behind one of the `saved_epochs` of its training, in eval mode."""
+        """`classifier` as it was behind one of the `saved_epochs` of its training, in eval mode.
+
+        Raises
+        ------
+        InputError : an epoch that was not saved
+        """
+        if epoch not in self.saved_epochs:
+            raise InputError(
+                f"{self.title} has saved the epochs {list(self.saved_epochs)}, not {epoch}; take one of them, or set save_every."
+            )
         network = self._with_weights(self.saved_epochs[epoch])
         apply_masks(network)
         return network
@@ -358,6 +367,9 @@ class ForegroundOutputs(ExperimentNetwork):
     @property
     def classifier(self) -> Classifier:
         return foreground_classifier(self.network)
+
+    def at_epoch(self, epoch: int) -> Classifier:
+        return foreground_classifier(super().at_epoch(epoch))
 
     @cached_property
     def head(self) -> Head:
@@ -657,7 +669,7 @@ class UnleashedNetwork(ContinuedNetwork):
             run.image_set("train"),
             validation,
             run.transform,
-            self.recipe,
+            self.recipe.trained_by(),
             self.constraint,
             **self._training_options,
         )
@@ -668,8 +680,16 @@ class UnleashedNetwork(ContinuedNetwork):
         return network
 
     def detached(self) -> Classifier:
-        """The network without its masks, which with frozen weights is the one it was made from, bit for bit: to classify ID
-        images as before."""
+        """The network without its masks, which is the one it was made from, bit for bit: to classify ID images as before.
+
+        Raises
+        ------
+        InputError : no masks, or weights that were trained with them
+        """
+        if not self.trained_here or self.recipe.keep_rate is None or not self.recipe.freeze_weights:
+            raise InputError(
+                f"{self.title} has no masks over frozen weights, expected some to detach; set keep_rate and leave freeze_weights true."
+            )
         _ = self.network
         network = self._with_weights(self.model_directory / "weights.safetensors")
         detach_masks(network)
@@ -704,7 +724,7 @@ class ExposedNetwork(ContinuedNetwork):
             validation,
             run.image_set("outliers"),
             run.transform,
-            self.recipe,
+            self.recipe.trained_by(),
             self.constraint,
             **self._training_options,
         )

@@ -516,8 +516,9 @@ class Experiment:
                 f"Found start: {start}, but the backbone is a checkpoint and has no epochs, expected `last` or the path of "
                 "another checkpoint; change start."
             )
-        path = checkpoint_path(self.backbone.model_directory, start)
-        if not path.exists():
+        saved = self.backbone.saved_epochs | {"best": checkpoint_path(self.backbone.model_directory, "best")}
+        path = saved.get(start)
+        if path is None or not path.exists():
             raise InputError(
                 f"The training of the backbone has not saved epoch {start}, only {list(self.backbone.saved_epochs)} and the "
                 "best; set backbone.training.save_every, or start from another one."
@@ -556,20 +557,34 @@ class Experiment:
         Parameters
         ----------
         images : the first so many of the ID test set and of each OOD set; None = all
-        rows : detectors that score logits or features and learn nothing, with their settings in the config
+        rows : detectors of the config that score logits or features and learn nothing
 
         Returns
         -------
         one line an epoch (0 = before), detector and OOD set: epoch, detector, ood_set, group, fpr95, auroc and id_accuracy
         in percent, id_score and ood_score (means), and cross_entropy, that of the epoch's training batches (NaN of epoch 0)
+
+        Raises
+        ------
+        InputError : a network that was not trained here, or a detector that learns or needs images
         """
-        _ = network.network
+        if not network.saved_epochs:
+            raise InputError(
+                f"{network.title} has saved no epochs, expected a network that was trained here and tracked; take another one."
+            )
+        for row in rows:
+            detector = self._unfitted(row)
+            if type(detector)._fit is not Detector._fit or detector.needs_images:
+                raise InputError(
+                    f"{self._label(row)} learns from training images or needs images, expected a detector of logits such as "
+                    "energy along a training; name another one."
+                )
         path = network.model_directory / f"along-{self._along_key(network, images, rows)}.csv"
         with locked(path):
             if not path.exists():
                 lines = []
                 for epoch in track(network.saved_epochs, description="Saved epochs", unit="epoch"):
-                    lines += self._detection_at(network.at_epoch(epoch), epoch, images, rows)
+                    lines += self._detection_at(network, epoch, images, rows)
                 write_text(path, pd.DataFrame(lines).to_csv(index=False))
         history = network.training_history.set_index("epoch")
         column = "train_cross_entropy" if "train_cross_entropy" in history else "train_loss"
@@ -577,24 +592,26 @@ class Experiment:
         return table.assign(cross_entropy=table.epoch.map(history[column]))
 
     def _along_key(self, network: ExperimentNetwork, images: int | None, rows: Sequence[str]) -> str:
-        sets = [self.image_set(name).fingerprint for name in ("test", *self.ood_groups)]
+        groups = self._sets_for(getattr(network, "recipe", None))
+        sets = [self.image_set(name).fingerprint for name in ("test", *groups)]
         detectors = [[self._label(row), self._unfitted(row).hyperparameters()] for row in rows]
         code = [_code_of(type(self._unfitted(row))) for row in rows] + [_hash_of([metrics])]
         epochs = [weights_file.name for weights_file in network.saved_epochs.values()]
-        return sha256_of_json([images, sets, detectors, code, epochs, self.ood_groups])[:SHORT]
+        return sha256_of_json([images, sets, detectors, code, epochs, groups])[:SHORT]
 
     @torch.no_grad()
     def _detection_at(
-        self, network: Classifier, epoch: int, images: int | None, rows: Sequence[str]
+        self, network: ExperimentNetwork, epoch: int, images: int | None, rows: Sequence[str]
     ) -> list[dict]:
-        head, batch_size = Head.of(network), pass_batch_size(self.config.features, self.device)
+        classifier, batch_size = network.at_epoch(epoch), pass_batch_size(self.config.features, self.device)
+        head = Head.of(classifier)
 
         def bank_of(name: str) -> FeatureBank:
             image_set = self.image_set(name)
             count = len(image_set) if images is None else min(images, len(image_set))
             features = torch.cat(
                 [
-                    network.features(self.transform.normalise(pixels.to(self.device))).cpu()
+                    classifier.features(self.transform.normalise(pixels.to(self.device))).cpu()
                     for pixels in image_batches(image_set, self.transform, 0, count, batch_size)
                 ]
             )
@@ -605,7 +622,7 @@ class Experiment:
         id_accuracy = accuracy(test, head)
         fitted = {row: copy.copy(self._unfitted(row)).fit(test, head) for row in rows}
         id_scores = {row: detector.score_samples(test) for row, detector in fitted.items()}
-        for name, group in self.ood_groups.items():
+        for name, group in self._sets_for(getattr(network, "recipe", None)).items():
             bank = bank_of(name)
             for row, detector in fitted.items():
                 ood_scores = detector.score_samples(bank)

@@ -32,6 +32,8 @@ METHODS = [
     "MSP (flat)", "ODIN (flat)", "Energy (flat)", "Mahalanobis (ensemble, flat)", "KL matching (flat)",
     "MSP (T = 2)", "MSP (dfb)", "MSP (T = 2, dfb)", "ODIN (dfb)", "Energy (dfb)", "ViM (dfb)", "DFB background",
     "MSP + DFB", "MSP (T = 2) + DFB", "ODIN + DFB", "Energy + DFB", "ViM + DFB",
+    "MSP + UM", "ODIN + UM", "Energy + UM", "Mahalanobis + UM", "ReAct + UM", "DICE + UM", "ASH-S + UM",
+    "MSP + UMAP", "ODIN + UMAP", "Energy + UMAP", "Mahalanobis + UMAP", "ReAct + UMAP", "DICE + UMAP", "ASH-S + UMAP",
     "ReAct (tuned)", "LINe (tuned)",
 ]  # fmt: skip
 SMALL = [
@@ -47,6 +49,9 @@ SMALL = [
     "networks.flat.schedule=[10, 20, 30, 40, 50]",
     "networks.dfb.schedule=[2, 4, 6, 8, 10]",
     "networks.dfb.masks.scales=[1.0]",
+    "networks.um={method: unleashing_mask, loss_constraint: 0.3, epochs: 2, batch_size: 64}",
+    "networks.umap={method: unleashing_mask, loss_constraint: 0.3, keep_rate: 0.9, epochs: 2, batch_size: 64}",
+    "outliers.images.count=40",
     "tuning.images.count=100",
     "tuning.grids={react: {percentile: [70.0, 99.0]}, line: {delta: [0.5, null], weight_percentile: [10, 90]}}",
     *(f"ood.{name}.images.count=80" for name in ("letters", "chimeras", "photographs", "textures", "noise")),
@@ -450,7 +455,7 @@ def one_sentence(error) -> str:
 
 
 def test_the_npz_experiment_works_before_it_is_spoilt(spoilt):
-    assert len(spoilt[1]().collect_results()) == 36 * 2
+    assert len(spoilt[1]().collect_results()) == 50 * 2
 
 
 def test_with_a_checkpoint_a_seed_changes_nothing(spoilt, monkeypatch):

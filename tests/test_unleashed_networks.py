@@ -295,7 +295,9 @@ def test_the_plain_recipe_has_the_same_budget_without_um_and_masks(run):
         assert getattr(plain, name) == getattr(recipe, name)
     network = run.fine_tuned(plain)
     assert network.constraint is None and "train_ascending" not in network.training_history
-    assert not same_state(network.detached(), run.network)
+    assert not same_state(network.network, run.network)
+    with pytest.raises(InputError, match="no masks over frozen weights"):
+        network.detached()
 
 
 def test_a_checkpoint_of_a_network_made_elsewhere(run, folder):

@@ -19,24 +19,43 @@ METHODS = {
     "MSP (flat)", "ODIN (flat)", "Energy (flat)", "Mahalanobis (ensemble, flat)", "KL matching (flat)",
     "MSP (T = 2)", "MSP (dfb)", "MSP (T = 2, dfb)", "ODIN (dfb)", "Energy (dfb)", "ViM (dfb)", "DFB background",
     "MSP + DFB", "MSP (T = 2) + DFB", "ODIN + DFB", "Energy + DFB", "ViM + DFB",
+    "MSP + UM", "ODIN + UM", "Energy + UM", "Mahalanobis + UM", "ReAct + UM", "DICE + UM", "ASH-S + UM",
+    "MSP + UMAP", "ODIN + UMAP", "Energy + UMAP", "Mahalanobis + UMAP", "ReAct + UMAP", "DICE + UMAP", "ASH-S + UMAP",
 }  # fmt: skip
 TUNED = {
     "GEN", "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe",
     "MSP + DFB", "MSP (T = 2) + DFB", "ODIN + DFB", "Energy + DFB", "ViM + DFB",
 }  # fmt: skip
-FEW_STEPS = [
-    "networks.group.schedule=[5, 10, 15, 20, 25]",
-    "networks.flat.schedule=[5, 10, 15, 20, 25]",
-    "networks.group.learning_rate=0.1",
-    "networks.flat.learning_rate=0.1",
+ABLATIONS = [
     "mos_ablations.depth_recipe.schedule=[1, 2, 3, 4, 5]",
-    "networks.dfb.schedule=[1, 2, 3, 4, 5]",
-    "networks.dfb.batch_size=32",
-    "networks.dfb.learning_rate=0.03",
-    "networks.dfb.masks.scales=[1.0]",
     "dfb_ablations.thresholds=[0.5]",
     "dfb_ablations.recipe.schedule=[5, 10, 15, 20, 25]",
 ]
+
+
+def few_steps(groups, batch_size):
+    """The networks of the configs, and the ablations that both have, with as few steps as show that they run."""
+    head = {"schedule": [5, 10, 15, 20, 25], "learning_rate": 0.1}
+    unleashed = {"method": "unleashing_mask", "estimate": {"draws": 1}, "epochs": 2, "steps_per_epoch": 2}
+    exposed = {"method": "outlier_exposure", "epochs": 2, "steps_per_epoch": 1, "batch_size": batch_size}
+    exposed["pool_size"] = 100
+    networks = {
+        "group": {"groups": {"strategy": "taxonomy", "file": groups}, **head},
+        "flat": head,
+        "dfb": {
+            "schedule": [1, 2, 3, 4, 5],
+            "batch_size": 32,
+            "learning_rate": 0.03,
+            "masks": {"scales": [1.0]},
+        },
+        "um": {**unleashed, "batch_size": 2 * batch_size},
+        "umap": {**unleashed, "batch_size": 2 * batch_size, "keep_rate": 0.9, "initial_scores": "magnitude"},
+        "oe": exposed,
+        "poem": {**exposed, "objective": "energy", "sample": "poem"},
+        "doe": {**exposed, "objective": "doe", "doe": {"unperturbed_epochs": 1}},
+        "ntom": {**exposed, "objective": "ntom", "sample": "ntom"},
+    }
+    return [f"networks={json.dumps(networks)}", *ABLATIONS]
 
 
 def run_all(folder, *arguments):
@@ -84,6 +103,15 @@ def check_outputs(folder, name, sets, related):
         "14_dfb_background_weight",
     ]
     stems += ["14_dfb_foreground_share", "14_dfb_training", "14_dfb_which_masks"]
+    stems += [f"15_unleashing_mask_{what}" for what in ("constraint", "training", "along_um", "along_umap")]
+    stems += [
+        f"15_unleashing_mask_{what}"
+        for what in ("scores_auroc", "histograms", "forgotten_um", "forgotten_images")
+    ]
+    stems += [
+        f"16_outlier_exposure{what}"
+        for what in ("_images", "_training_um", "_auroc", "_selected", "_strategies_fpr95")
+    ]
     stems += ["20_ablations_sensitivity", "20_ablations_sample_size", "30_results_paired_differences"]
     for stem in [
         *stems,
@@ -96,6 +124,7 @@ def check_outputs(folder, name, sets, related):
     for suffix in ("csv", "md", "tex"):
         assert {f"30_results_fpr95.{suffix}", f"30_results_tuned_auroc.{suffix}"} <= figures
         assert {f"13_mos_grouping_fpr95.{suffix}", f"14_dfb_hosts_auroc.{suffix}"} <= figures
+        assert {f"15_unleashing_mask_scores_fpr95.{suffix}", f"16_outlier_exposure_auroc.{suffix}"} <= figures
     report = (folder / "runs" / name / "report.html").read_text()
     for link in re.findall(r'href="(notebooks/[^"]+)"', report):
         assert (folder / "runs" / name / link).exists()
@@ -112,7 +141,8 @@ def digits(tmp_path_factory):
         "backbone.depth=10",
         "backbone.expected_accuracy=null",
         "metrics.bootstrap_resamples=50",
-        *FEW_STEPS,
+        *few_steps("digits", batch_size=16),
+        "unleashing_ablations={factors: [1], keep_rates: [0.9], epochs: [1], estimate_keep_rates: [0.9], images: 100}",
     ]
     arguments = ["--set", *settings, "--jobs", "2"]
     return folder, arguments, run_all(folder, *arguments)
@@ -123,6 +153,11 @@ def test_digits_run_from_nothing_to_the_report(digits):
     assert status == 0, output
     sets = {"letters", "chimeras", "photographs", "textures", "noise"}
     check_outputs(folder, "digits", sets, related={"chimeras"})
+    figures = {path.name for path in (folder / "figures" / "digits").iterdir()}
+    sweeps = {
+        f"15_unleashing_mask_ablation_{what}.png" for what in ("loss_constraint", "keep_rate", "epochs")
+    }
+    assert sweeps | {"15_unleashing_mask_stages.png"} <= figures
     assert "report.html" in output and "results.csv" in output
     assert "small demonstration" in output  # honest about what it is
 
@@ -187,7 +222,8 @@ def test_real_cifar10_run_from_images_to_the_report(shared, tmp_path):
         "mahalanobis_ensemble.noise=0.0005",
         "mahalanobis_flat.noise=0.0",
     ]
-    settings += [*FEW_STEPS, "mos_ablations.depths=[0, 1]"]
+    settings += [*few_steps("cifar10", batch_size=8), "mos_ablations.depths=[0, 1]"]
+    settings += ["unleashing_ablations={images: 32}", "odin_um.noise=0.0", "odin_umap.noise=0.0"]
     settings += ["backbone.expected_accuracy=93.7500", "backbone.tolerance=0.01"]  # 120 of images 218 to 345
     status, output = run_all(
         tmp_path, "--config", "cifar10_npz", "--data-root", shared, "--jobs", "2", "--set", *settings
@@ -198,12 +234,14 @@ def test_real_cifar10_run_from_images_to_the_report(shared, tmp_path):
     dense = results.method.str.contains(
         "dfb|DFB"
     )  # five steps of it: too few to ask for more than that it runs
-    assert results[~heads & ~dense].id_accuracy.unique().tolist() == pytest.approx(
+    unleashed = results.method.str.contains(r"\+ UM", regex=True)
+    assert results[~heads & ~dense & ~unleashed].id_accuracy.unique().tolist() == pytest.approx(
         [100 * 120 / 128], abs=1e-3
     )
     assert results[heads].id_accuracy.between(90, 98).all() and results[heads].id_accuracy.nunique() <= 2
     assert results.n_id.eq(128).all() and results.n_ood.eq(48).all()
     assert results[dense].id_accuracy.nunique() == 1
+    assert results[unleashed].id_accuracy.gt(80).all() and results[unleashed].id_accuracy.nunique() <= 2
     means = results[(results.group == "far") & ~dense].groupby("method").auroc.mean()
     assert means.min() > 60  # every method has learnt something from the real features
     assert results.groupby("method").extra_passes.first().gt(0).pipe(lambda some: set(some[some].index)) == {

@@ -387,11 +387,6 @@ def test_the_learning_rate_moves_once_an_epoch(um):
     assert um[2].learning_rate.tolist() == pytest.approx(expected)
 
 
-def test_warm_up_to_the_very_end(start, tmp_path):
-    _, history = tune(tmp_path, start, **UM | {"learning_rate": 0.02}, epochs=2, warmup_epochs=2)
-    assert history.learning_rate.tolist() == pytest.approx([0.01, 0.02])
-
-
 def test_another_seed_is_another_training(start, tmp_path):
     weights = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
