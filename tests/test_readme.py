@@ -46,3 +46,14 @@ def test_networks_of_the_readme_are_valid(tmp_path):
     assert set(run.networks) == set(section["networks"])
     labels = [detector.label for detector in run.detectors.values()]
     assert labels == ["Energy + DFB", "Energy (dfb)", "MOS", "MOS (kmeans)", "MSP (flat)"]
+
+
+def test_networks_trained_on_are_valid(tmp_path):
+    section = yaml.safe_load(re.findall(r"```yaml\n(networks:\n.*?)```", README, re.DOTALL)[1])
+    config = yaml.safe_load((CONFIG_DIRECTORY / "cifar10_npz.yaml").read_text()) | section
+    del config["tuning"]
+    (tmp_path / "readme.yaml").write_text(yaml.safe_dump(config))
+    run = Experiment.open(tmp_path / "readme.yaml")
+    labels = [detector.label for detector in run.detectors.values()]
+    assert labels == ["Energy (poem_um)", "Energy (um)", "ReAct (umap)"]
+    assert {"unleashing_mask", "outlier_exposure"} <= run.training_methods
