@@ -209,7 +209,8 @@ class TrainingConfig(Model):
     )
     flip: bool = Field(False, description="random horizontal flip")
     save_every: PositiveInt | None = Field(
-        None, description="epochs between saved weights; the first, the best and the last are always saved"
+        None,
+        description="epochs between saved weights; the first, the last and, with validation images, the best are always saved",
     )
 
 
@@ -520,7 +521,9 @@ class EpochTrainingConfig(NetworkRecipe):
         description="of a batch of ID images with mean cross-entropy c: |beta c - u| + u, with u the loss constraint, or c",
     )
     loss_constraint: PositiveFloat | None = Field(None, description="u; None = estimated as `estimate` says")
-    estimate: LossConstraintConfig = LossConstraintConfig()
+    estimate: LossConstraintConfig | None = Field(
+        LossConstraintConfig(), description="how u is estimated; null where loss_constraint is given"
+    )
     beta: PositiveFloat = 1.0
     start: PositiveInt | str = Field(
         "last",
@@ -546,7 +549,8 @@ class EpochTrainingConfig(NetworkRecipe):
         description="whose weights are scored; `best` = of highest accuracy on the ID validation images",
     )
     save_every: PositiveInt | None = Field(
-        None, description="epochs between saved weights; the first, the best and the last are always saved"
+        None,
+        description="epochs between saved weights; the first, the last and, with validation images, the best are always saved",
     )
 
     @model_validator(mode="after")
@@ -558,8 +562,12 @@ class EpochTrainingConfig(NetworkRecipe):
                     raise ValueError(
                         f"{name} has no effect on plain cross-entropy; set id_loss: um, or remove it"
                     )
-        elif self.loss_constraint is not None and "estimate" in self.model_fields_set:
-            raise ValueError("estimate has no effect where loss_constraint is given; remove one of the two")
+        elif self.loss_constraint is not None and "estimate" in self.model_fields_set and self.estimate:
+            raise ValueError(
+                "estimate has no effect where loss_constraint is given; remove one of the two, or set it to null"
+            )
+        elif self.loss_constraint is None and self.estimate is None:
+            raise ValueError("estimate is null and loss_constraint, too, expected one of them; give one")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov has no effect without momentum; remove it")
         for name in ("save_every", "scored_epoch"):
@@ -599,15 +607,24 @@ class EpochTrainingConfig(NetworkRecipe):
         return self.changed(expected_accuracy=None, tolerance=0.5)
 
     def changed(self, **changes: Any) -> Self:
-        """The same recipe with some fields changed and checked anew, without those that lose their effect by it."""
+        """The same recipe with some fields changed and checked anew, without those that lose their effect by it.
+
+        Raises
+        ------
+        ValueError : a change that has no effect, or a value out of range
+        """
         draft = self.model_copy(update=changes)
-        kept = draft.model_dump(include=draft.model_fields_set - draft.without_effect, warnings=False)
+        lost = draft.without_effect - {name for name, value in changes.items() if value is not None}
+        kept = draft.model_dump(include=draft.model_fields_set - lost, warnings=False)
         return type(self)(**kept)
 
 
 class UnleashingMaskConfig(EpochTrainingConfig):
     """A network of Unleashing Mask (UM), fine-tuned until its loss rises to the constraint, or, with a `keep_rate`, of
-    UM Adopts Pruning (UMAP), which gets there by a learned mask of each layer's weights. Defaults are the paper's."""
+    UM Adopts Pruning (UMAP), which gets there by a learned mask of each layer's weights.
+
+    Defaults are those of the paper's code but for augmentation, which is off, and dropout, which is the backbone's.
+    """
 
     method: Literal["unleashing_mask"] = "unleashing_mask"
     epochs: PositiveInt = 100
@@ -684,11 +701,12 @@ class OutlierExposureConfig(EpochTrainingConfig):
     Unleashing Mask; the energy loss with `sample: poem` is POEM."""
 
     of_checkpoints: ClassVar[set[str]] = EpochTrainingConfig.of_checkpoints | {"objective"}
-    belongs: ClassVar[dict[str, tuple[str, str]]] = {
-        "margins": ("objective", "energy"),
-        "doe": ("objective", "doe"),
-        "posterior": ("sample", "poem"),
-        "quantile": ("sample", "ntom"),
+    belongs: ClassVar[dict[str, tuple[str, set[str]]]] = {
+        "margins": ("objective", {"energy"}),
+        "doe": ("objective", {"doe"}),
+        "posterior": ("sample", {"poem"}),
+        "quantile": ("sample", {"ntom"}),
+        "pool_size": ("sample", {"ntom", "poem"}),
     }
 
     method: Literal["outlier_exposure"] = "outlier_exposure"
@@ -714,7 +732,8 @@ class OutlierExposureConfig(EpochTrainingConfig):
         1.0, description="outliers for each ID image, of an epoch and of a batch"
     )
     pool_size: PositiveInt = Field(
-        400_000, description="outliers from which an epoch chooses; at most all there are"
+        400_000,
+        description="sample ntom and poem: outliers from which an epoch chooses; at most all there are",
     )
     margins: EnergyMargins = Field(EnergyMargins(), description="objective energy")
     doe: DOEConfig = Field(DOEConfig(), description="objective doe")
@@ -725,9 +744,11 @@ class OutlierExposureConfig(EpochTrainingConfig):
 
     @model_validator(mode="after")
     def _exposure_with_an_effect(self) -> "OutlierExposureConfig":
-        for name, (key, value) in self.belongs.items():
-            if name in self.model_fields_set and getattr(self, key) != value:
-                raise ValueError(f"{name} has no effect without {key}: {value}; remove it")
+        for name, (key, values) in self.belongs.items():
+            if name in self.model_fields_set and getattr(self, key) not in values:
+                raise ValueError(
+                    f"{name} has no effect without {key}: {' or '.join(sorted(values))}; remove it"
+                )
         if self.objective == "doe" and self.doe.unperturbed_epochs >= self.epochs:
             raise ValueError(
                 f"doe.unperturbed_epochs is {self.doe.unperturbed_epochs}, expected less than the {self.epochs} epochs, so that "
@@ -737,7 +758,7 @@ class OutlierExposureConfig(EpochTrainingConfig):
 
     @property
     def without_effect(self) -> set[str]:
-        unused = {name for name, (key, value) in self.belongs.items() if getattr(self, key) != value}
+        unused = {name for name, (key, values) in self.belongs.items() if getattr(self, key) not in values}
         return super().without_effect | unused
 
     @property
@@ -995,10 +1016,67 @@ class ExperimentConfig(Model):
                 raise ValueError(
                     f"networks.{name}.scored_epoch: best needs ID images of its own; add id.validation, or score the last"
                 )
+            self._start_is_possible(name, recipe.start)
         names = [ood.name for ood in self.ood]
+        if self.outliers is not None and not any(
+            isinstance(recipe, OutlierExposureConfig) for recipe in self.networks.values()
+        ):
+            raise ValueError(
+                "outliers have no effect without a network trained with them; add one with method: outlier_exposure"
+            )
         for name in () if self.outliers is None else self.outliers.related:
             if name not in names:
                 raise ValueError(f"outliers.related names {name!r}; {nearest(name, names)}")
+        return self
+
+    def _start_is_possible(self, name: str, start: str | int) -> None:
+        training = self.backbone.training
+        if start == "last" or (isinstance(start, str) and start != "best"):
+            return
+        if training is None:
+            raise ValueError(
+                f"networks.{name}.start is {start}, but the backbone is not trained here and has no epochs; take last or a path"
+            )
+        if start == "best" and self.id.validation is None:
+            raise ValueError(
+                f"networks.{name}.start: best needs ID images of its own; add id.validation, or start from the last"
+            )
+        saved = {training.epochs, *range(0, training.epochs + 1, training.save_every or training.epochs)} - {
+            0
+        }
+        if isinstance(start, int) and start not in saved:
+            raise ValueError(
+                f"networks.{name}.start is {start}, but the backbone saves the epochs {sorted(saved)}; take one of them, or "
+                "change backbone.training.save_every"
+            )
+
+    @model_validator(mode="after")
+    def _ablations_have_an_effect(self) -> "ExperimentConfig":
+        ablations = self.unleashing_ablations
+        if ablations is None:
+            return self
+        recipes = [recipe for recipe in self.networks.values() if isinstance(recipe, UnleashingMaskConfig)]
+        um = [recipe for recipe in recipes if recipe.keep_rate is None and recipe.id_loss == "um"]
+        umap = [recipe for recipe in recipes if recipe.keep_rate is not None]
+        for names, of_kind, kind in (
+            (("factors", "epochs"), um, "weights (UM)"),
+            (("keep_rates",), umap, "masks (UMAP)"),
+        ):
+            for name in names:
+                if getattr(ablations, name) and not of_kind:
+                    raise ValueError(
+                        f"unleashing_ablations.{name} varies a network of {kind}, but there is none; add one"
+                    )
+        if ablations.from_scratch is not None and self.backbone.training is not None:
+            raise ValueError(
+                "unleashing_ablations.from_scratch has no effect, as the backbone is trained here and watched itself; remove it"
+            )
+        if ablations.changes and not (ablations.factors or ablations.keep_rates):
+            raise ValueError(
+                "unleashing_ablations.changes has no effect without factors or keep_rates; remove it"
+            )
+        for recipe in (*um[:1], *umap[:1]) if ablations.changes else ():
+            recipe.changed(**ablations.changes)
         return self
 
     @model_validator(mode="after")

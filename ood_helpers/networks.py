@@ -6,7 +6,7 @@ its banks: only the logits are taken anew, by its own head.
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from ood_helpers.config import (
     UnleashingMaskConfig,
     resolve_path,
 )
-from ood_helpers.data import image_batches
+from ood_helpers.data import ImageSet, image_batches
 from ood_helpers.data.imagenet import devkit_to_sorted
 from ood_helpers.errors import InputError
 from ood_helpers.features import (
@@ -639,7 +639,15 @@ class ContinuedNetwork(MadeNetwork):
     def _train(self, network: Classifier) -> None:
         raise NotImplementedError
 
-    @property
+    def _train_by(self, training: Callable[..., pd.DataFrame], network: Classifier, *sets: ImageSet) -> None:
+        """Train on the ID images and further image sets."""
+        run = self.experiment
+        validation = run.image_set(self._held_out) if self._held_out else None
+        images = run.image_set("train"), validation, *sets
+        recipe, options = self.recipe.trained_by(), self._training_options
+        training(network, *images, run.transform, recipe, self.constraint, **options)
+
+    @cached_property
     def model_directory(self) -> Path:
         run = self.experiment
         start = weights_fingerprint(run.start_network(self.recipe.start))
@@ -662,17 +670,7 @@ class UnleashedNetwork(ContinuedNetwork):
     recipe: UnleashingMaskConfig
 
     def _train(self, network: Classifier) -> None:
-        run = self.experiment
-        validation = run.image_set(self._held_out) if self._held_out else None
-        unleash(
-            network,
-            run.image_set("train"),
-            validation,
-            run.transform,
-            self.recipe.trained_by(),
-            self.constraint,
-            **self._training_options,
-        )
+        self._train_by(unleash, network)
 
     def _untrained(self) -> Classifier:
         network = super()._untrained()
@@ -716,18 +714,7 @@ class ExposedNetwork(ContinuedNetwork):
         return [*super()._trained_on, self.experiment.image_set("outliers").fingerprint]
 
     def _train(self, network: Classifier) -> None:
-        run = self.experiment
-        validation = run.image_set(self._held_out) if self._held_out else None
-        expose(
-            network,
-            run.image_set("train"),
-            validation,
-            run.image_set("outliers"),
-            run.transform,
-            self.recipe.trained_by(),
-            self.constraint,
-            **self._training_options,
-        )
+        self._train_by(expose, network, self.experiment.image_set("outliers"))
 
 
 class OutlierClassNetwork(ForegroundOutputs, ExposedNetwork):

@@ -119,7 +119,7 @@ class Experiment:
                     raise InputError(f"tuning.grids.{row}: {error}") from None
         self.transform = Transform(**dict(config.transform))
         self.missing: dict[str, str] = {}
-        self.tuning_missing = ""
+        self.tuning_missing, self.outliers_missing = "", ""
         self._checked = False
         self._image_sets: dict[str, ImageSet] = {}
         self.backbone = Backbone(self)
@@ -205,6 +205,7 @@ class Experiment:
             self.skip_unreadable,
         )
         other.missing, other.tuning_missing = self.missing, self.tuning_missing
+        other.outliers_missing = self.outliers_missing
         other._image_sets, other._checked = self._image_sets, self._checked
         return other
 
@@ -348,6 +349,7 @@ class Experiment:
                 "All OOD sets are missing, expected at least one:\n" + "\n".join(self.missing.values())
             )
         self._check_apart()
+        self._check_tuned_apart()
         for name, recipe in self.config.networks.items():
             if recipe.softmax_groups is not None and recipe.softmax_groups.strategy == "taxonomy":
                 _ = self.fine_tuned(name).groups
@@ -367,15 +369,34 @@ class Experiment:
                     f"also in {other.name}, which is reported, expected other images; change one of the two."
                 )
 
+    def _check_tuned_apart(self) -> None:
+        """A network that was trained with outliers is not tuned on the same ones."""
+        if not {"tuning", "outliers"} <= self._image_sets.keys():
+            return
+        exposed = [
+            row
+            for row in self.config.tuning.grids
+            if isinstance(self.networks.get(self.detectors[row].network), OutlierExposureConfig)
+        ]
+        shared = self.image_set("tuning").shared_with(self.image_set("outliers")) if exposed else 0
+        if shared:
+            raise InputError(
+                f"tuning.grids.{exposed[0]} tunes a network trained with outliers on {shared:,} of the same images, expected "
+                "others; take other images for tuning or outliers, or remove the grid."
+            )
+
     def _open_all(self, names: list[str], problems: list[str]) -> None:
         for name in names:
             try:
                 self.image_set(name)
             except MissingDataError as error:
-                if name in (*ID_SETS, "outliers") or (name == "tuning" and not self.skip_missing):
+                to_do_without = self.skip_missing and name not in ID_SETS
+                if name in (*ID_SETS, "tuning", "outliers") and not to_do_without:
                     problems.append(str(error))
                 elif name == "tuning":
                     self.tuning_missing = str(error)
+                elif name == "outliers":
+                    self.outliers_missing = str(error)
                 else:
                     self.missing[name] = str(error)
 
@@ -462,7 +483,8 @@ class Experiment:
     def training_methods(self) -> set[str]:
         """How the networks are made that the config describes or a row scores: `classifier`, `dense`, ..."""
         scored = {detector.network for detector in self.detectors.values() if detector.network}
-        return {training_method(self.networks[name]) for name in {*self.config.networks, *scored}}
+        methods = {training_method(self.networks[name]) for name in {*self.config.networks, *scored}}
+        return methods - {"outlier_exposure"} if self.outliers_missing else methods
 
     def fine_tuned(self, network: str | NetworkRecipe) -> MadeNetwork:
         """A network made from the backbone, by its name in `networks` or by a recipe; trained when first asked for.
@@ -528,11 +550,11 @@ class Experiment:
 
     def loss_constraint(self, config: LossConstraintConfig, start: str | int = "last") -> LossConstraint:
         """The loss constraint of Unleashing Mask for a start network on the ID training images; estimated once, and kept
-        with the networks in models/<fingerprint of its weights>/.
+        in models/<fingerprint of the start weights>/, with how it was estimated.
 
         Raises
         ------
-        InputError : see training.estimate_constraint
+        InputError : see training.estimate_constraint; an unreadable file
         """
         network, image_set = self.start_network(start), self.image_set("train")
         settings = [config.model_dump(), image_set.fingerprint, self.transform.fingerprint, ESTIMATE_VERSION]
@@ -545,9 +567,16 @@ class Experiment:
                 found = estimate_constraint(
                     network, image_set, self.transform, config, batch_size=batch_size, device=self.device
                 )
-                write_json(path, asdict(found))
-            stored = json.loads(path.read_text())
-        return LossConstraint(**stored | {"draws": tuple(stored["draws"])})
+                made_of = {"start": start, "images": image_set.fingerprint, "estimate": config.model_dump()}
+                write_json(path, asdict(found) | made_of)
+            try:
+                stored = json.loads(path.read_text())
+                return LossConstraint(tuple(stored["draws"]), stored["unmasked"], stored["keep_rate"])
+            except (ValueError, KeyError):
+                raise InputError(
+                    f"The loss constraint {path} is unreadable, expected the draws of an estimate; delete this file to estimate "
+                    "it again."
+                ) from None
 
     def along_training(
         self, network: ExperimentNetwork, images: int | None = None, rows: Sequence[str] = ("msp", "energy")

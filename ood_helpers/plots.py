@@ -1763,23 +1763,27 @@ def background_weight(
 
 @_figure
 def training_stages(table: pd.DataFrame, *, caption: str, title: str = "") -> Figure:
-    """Detection along a training: AUROC, FPR95, ID accuracy and training loss against the epoch, above each other.
+    """Detection along a training: AUROC, FPR95, mean scores, ID accuracy and training loss against the epoch, above each
+    other.
 
     table: columns epoch (0 = before the training), ood_set, group, auroc, fpr95, id_accuracy (percent) and cross_entropy
-    (of the training images, in nats; NaN where unknown, and no panel where it always is). The best epoch of the mean over
-    the sets is marked, and said with the last one; an epoch that lacks a set has no mean.
+    (of the training images, in nats; NaN where unknown, and no panel where it always is), id_score and ood_score (means of
+    the ID test images and of the set). The best epoch of the mean over the sets is marked, and said with the last one; an
+    epoch that lacks a set has no mean.
     """
-    columns = ["epoch", "ood_set", "group", *METRICS, "id_accuracy", "cross_entropy"]
+    scores = ["id_score", "ood_score"]
+    columns = ["epoch", "ood_set", "group", *METRICS, *scores, "id_accuracy", "cross_entropy"]
     _require(table, columns, "table of training stages")
     sets = ordered_sets(table)
     below = {"id_accuracy": "ID accuracy\n(%)"}
     if _known(table, "cross_entropy"):
         below["cross_entropy"] = "training cross-\nentropy (log)"
-    ratios = [1.55, 1.55, *[1.15] * len(below)]
+    ratios = [1.55, 1.55, 1.3, *[1.15] * len(below)]
     figure = _new_figure(sum(ratios) + 0.9 + 0.17 * (len(sets) // 4), caption, title)
     panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
+    epochs = {epoch: epoch for epoch in table.epoch}
     for axes, metric in zip(panels, ("auroc", "fpr95")):
-        mean = _set_curves(axes, table, "epoch", metric, sets, {epoch: epoch for epoch in table.epoch})
+        mean = _set_curves(axes, table, "epoch", metric, sets, epochs)
         if len(mean):
             best = mean.idxmin() if metric == "fpr95" else mean.idxmax()
             look = {"color": "black", "markeredgecolor": "white", "markersize": 13}
@@ -1792,7 +1796,12 @@ def training_stages(table: pd.DataFrame, *, caption: str, title: str = "") -> Fi
             axes.set_title(f"{name}: {', '.join(ends)}")
         axes.set_ylabel(_metric_label(metric).replace(", ", ",\n"))
         axes.margins(y=0.1)
-    for axes, (column, label) in zip(panels[2:], below.items()):
+    _set_curves(panels[2], table, "epoch", "ood_score", sets, epochs)
+    of_id = table.groupby("epoch").id_score.mean()
+    look = {"color": ID_COLOUR, "marker": "o", "markersize": 4, "linewidth": 2}
+    panels[2].plot(of_id.index, of_id, **look, markevery=_every(of_id))
+    panels[2].set_ylabel("mean score")
+    for axes, (column, label) in zip(panels[3:], below.items()):
         curve = table.groupby("epoch")[column].mean().dropna()
         look = {"color": ID_COLOUR if column == "id_accuracy" else "0.3", "marker": "o", "markersize": 3.5}
         axes.plot(curve.index, curve, **look, markevery=_every(curve))
@@ -1804,7 +1813,7 @@ def training_stages(table: pd.DataFrame, *, caption: str, title: str = "") -> Fi
     panels[-1].set_xlabel("epoch (0 = before the training)")
     panels[-1].xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10]))
     figure.align_ylabels(panels)
-    handles = _sets_and_mean_handles(sets)
+    handles = [*_sets_and_mean_handles(sets), _dot(ID_COLOUR, "o", "in-distribution")]
     star = {"markeredgecolor": "white", "markersize": 11}
     handles.append(_dot("black", "*", "best epoch" + " of the mean" * (len(sets) > 1), **star))
     _legend_below(figure, handles, 4)

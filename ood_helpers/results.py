@@ -264,8 +264,18 @@ def describe_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = 
         f" Approximation for {', '.join(methods)}: {what}."
         for what, methods in _approximations(results).items()
     )
+    text += _reported_apart(results)
     missing = list(missing)
     return text + (f" Without {', '.join(missing)}: not found and skipped." if missing else "")
+
+
+def _reported_apart(results: pd.DataFrame) -> str:
+    """Which methods are not reported on which sets, because they have learned from images like these."""
+    sets, lacking = set(results.ood_set), {}
+    for method, own in results.groupby("method", sort=False).ood_set:
+        if absent := ", ".join(sorted(sets - set(own))):
+            lacking.setdefault(absent, []).append(method)
+    return "".join(f" {', '.join(methods)}: not reported on {absent}." for absent, methods in lacking.items())
 
 
 def _accuracies(results: pd.DataFrame) -> str:
@@ -326,13 +336,15 @@ def paired_differences(
     Parameters
     ----------
     results : the long-form table
-    resamples : method -> the metric on bootstrap resamples in percent, a column an OOD set, see Experiment.resamples
+    resamples : method -> the metric on bootstrap resamples in percent, a column an OOD set, see Experiment.resamples; methods
+        that are not reported on all sets are left out
 
     Returns
     -------
     one line a pair, methods from best to worst: method_a (the better), method_b, difference (a - b, in points),
     low, high (95 % interval; not corrected for the number of pairs)
     """
+    resamples = _on_all_sets(results, resamples)
     means = wide_table(results, metric)["mean"][list(resamples)]
     order = means.sort_values(ascending=metric == "fpr95", kind="stable").index
     lines = []
@@ -360,6 +372,7 @@ def rank_intervals(
     """
     from scipy.stats import rankdata  # late: importing scipy.stats takes half a second
 
+    resamples = _on_all_sets(results, resamples)
     methods, sign = list(resamples), 1 if metric == "fpr95" else -1
     sets = list(ordered_sets(results))
     values = wide_table(results, metric).loc[methods, sets].to_numpy()
@@ -382,6 +395,11 @@ def rank_intervals(
             cliques.append(table.method[start:stop].tolist())
             reached = stop
     return table.assign(low=low, high=high), cliques
+
+
+def _on_all_sets(results: pd.DataFrame, resamples: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    sets = ordered_sets(results).keys()
+    return {method: drawn for method, drawn in resamples.items() if sets <= set(drawn.columns)}
 
 
 def nemenyi_distance(methods: int, sets: int) -> float:

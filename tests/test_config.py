@@ -175,14 +175,19 @@ def test_the_best_epoch_needs_validation_images():
                 "rounding",
             },
         ),
-        (OE + "objective: energy}", {"doe", "posterior", "quantile", "estimate", "loss_constraint", "beta"}),
+        (
+            OE + "objective: energy}",
+            {"doe", "posterior", "quantile", "pool_size", "estimate", "loss_constraint", "beta"},
+        ),
         (OE + "sample: poem, id_loss: um}", {"doe", "margins", "quantile", "loss_constraint"}),
     ],
 )
 def test_in_force_is_what_the_weights_depend_on(override, without):
     (recipe,) = (
         recipe
-        for name, recipe in load_config("digits", overrides=[OUTLIERS, override]).networks.items()
+        for name, recipe in load_config(
+            "digits", overrides=[OUTLIERS, "unleashing_ablations=null", override]
+        ).networks.items()
         if override.startswith(f"networks.{name}=")
     )
     optional = {"steps_per_epoch", "save_every", "outlier_weight"} & recipe.in_force().keys()

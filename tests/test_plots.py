@@ -242,7 +242,8 @@ def stage_table(epochs, sets) -> pd.DataFrame:
         for index, (name, group) in enumerate(sets.items())
     ]
     columns = ["epoch", "ood_set", "group", "auroc", "id_accuracy", "cross_entropy"]
-    return pd.DataFrame(lines, columns=columns).assign(fpr95=lambda table: 100 - table.auroc)
+    table = pd.DataFrame(lines, columns=columns).assign(fpr95=lambda table: 100 - table.auroc)
+    return table.assign(id_score=10.0 + table.epoch, ood_score=5.0)
 
 
 def constraint_table(rates) -> pd.DataFrame:
@@ -1336,7 +1337,7 @@ def test_background_weight_runs_from_one_sign_over_the_foreground_alone_to_the_o
 def test_training_stages_mark_the_best_epoch_of_the_mean():
     table = stage_table(range(6), {"SVHN": "far", "CIFAR-100": "near"})
     figure = plots.training_stages(table, caption=CAPTION)
-    auroc, fpr95, accuracy, loss = figure.axes
+    auroc, fpr95, scores, accuracy, loss = figure.axes
     near, far, mean, best = auroc.lines
     np.testing.assert_allclose(near.get_ydata(), [83, 85, 87, 89, 87, 85])
     np.testing.assert_allclose(far.get_ydata(), [84, 86, 88, 90, 88, 86])
@@ -1345,11 +1346,13 @@ def test_training_stages_mark_the_best_epoch_of_the_mean():
     assert auroc.get_title() == "mean of the sets: best 89.5 % (epoch 3), last 85.5 % (epoch 5)"
     assert fpr95.get_title() == "mean of the sets: best 10.5 % (epoch 3), last 14.5 % (epoch 5)"
     np.testing.assert_allclose(accuracy.lines[0].get_ydata(), np.arange(10, 16))
+    assert scores.lines[0].get_ydata().tolist() == [5] * 6
+    np.testing.assert_allclose(scores.lines[-1].get_ydata(), np.arange(10, 16))
     assert loss.get_yscale() == "log" and len({axes.get_xlim() for axes in figure.axes}) == 1
     # the best epoch by the mean of all sets is none of those that lack one; no panel of an unknown loss
     lacking = table[(table.epoch != 3) | (table.ood_set == "SVHN")].assign(cross_entropy=np.nan)
     fewer = plots.training_stages(lacking, caption=CAPTION)
-    assert len(fewer.axes) == 3
+    assert len(fewer.axes) == 4
     assert fewer.axes[0].get_title() == "mean of the sets: best 87.5 % (epoch 2), last 85.5 % (epoch 5)"
     apart = table[(table.epoch < 3) == (table.ood_set == "SVHN")]
     assert plots.training_stages(apart, caption=CAPTION).axes[0].get_title() == ""

@@ -199,7 +199,7 @@ def expose(
     Returns
     -------
     One row an epoch: epoch, step, learning_rate, train_loss, train_cross_entropy (of the ID images), train_accuracy,
-    train_outlier_loss (U), with UM train_ascending (percent of batches), and with a validation set validation_loss and
+    train_outlier_loss (U), with UM train_ascending (percent of the images, in batches that ascend), and with a validation set validation_loss and
     validation_accuracy. Accuracies are in percent, and like the validation's loss those of the K classes.
 
     Raises

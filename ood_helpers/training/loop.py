@@ -133,6 +133,11 @@ def train(
         network.eval()
         return pd.read_csv(history_path)
 
+    if not tracked and (save_every or scored_epoch != "last"):
+        raise InputError(
+            f"Found save_every {save_every} and scored_epoch {scored_epoch} for a training that is not tracked, expected "
+            "None and last; set tracked."
+        )
     if scored_epoch == "best" and validate is None:
         raise InputError(
             "Found no validation images to choose the best epoch by, expected some; add id.validation, or score the last."

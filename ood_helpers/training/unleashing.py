@@ -197,7 +197,7 @@ def unleash(
     Returns
     -------
     One row an epoch: epoch, step, learning_rate, train_loss (with UM the flooded one), train_cross_entropy,
-    train_accuracy, with UM train_ascending (percent of batches), and with a validation set validation_loss
+    train_accuracy, with UM train_ascending (percent of the images, in batches that ascend), and with a validation set validation_loss
     (cross-entropy) and validation_accuracy; accuracies in percent.
 
     Raises

@@ -325,7 +325,11 @@ def same_weights(one: dict, other: dict) -> bool:
 
 
 def test_an_untracked_training_leaves_weights_and_history_alone(tmp_path):
-    run(tmp_path, save_every=1)
+    with pytest.raises(
+        InputError, match="save_every 1 and scored_epoch last for a training that is not tracked"
+    ):
+        run(tmp_path, save_every=1)
+    run(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["history.csv", "weights.safetensors"]
     assert saved_epochs(tmp_path) == {}
 
