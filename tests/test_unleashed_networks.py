@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ood_helpers import pipeline
+from ood_helpers import pipeline, results
 from ood_helpers.backbones import weights_fingerprint
 from ood_helpers.config import LossConstraintConfig, UnleashingMaskConfig
 from ood_helpers.detectors import create
 from ood_helpers.errors import InputError, MissingDataError
 from ood_helpers.features import Head, accuracy
-from ood_helpers.networks import UnleashedNetwork
+from ood_helpers.networks import Backbone, UnleashedNetwork
 from ood_helpers.pipeline import Experiment
 from ood_helpers.training import evaluate
 
@@ -282,6 +282,76 @@ def test_the_backbones_own_training_can_be_looked_at(run):
     assert sorted(table.epoch.unique()) == [0, 2, 4, 5]
     accuracies = table.drop_duplicates("epoch").set_index("epoch").id_accuracy
     assert accuracies[0] < 40 < accuracies[5]
+
+
+def test_another_network_trained_from_scratch_can_be_looked_at(run):
+    config = run.config.backbone.model_copy(
+        update={"training": run.config.backbone.training.model_copy(update={"epochs": 2, "save_every": 1})}
+    )
+    watched = Backbone(run, config)
+    table = run.along_training(watched, 30)
+    assert (
+        sorted(table.epoch.unique()) == [0, 1, 2] and watched.model_directory != run.backbone.model_directory
+    )
+
+
+def test_what_cannot_be_looked_at_along_a_training(run):
+    with pytest.raises(InputError, match="learns from training images"):
+        run.along_training(run.fine_tuned("um"), 30, ("knn",))
+    with pytest.raises(InputError, match=r"saved the epochs \[0, 1, 2, 3\], not 7"):
+        run.fine_tuned("um").at_epoch(7)
+
+
+# ---- trained with outliers ---------------------------------------------------------------------------------
+
+EXPOSED = [
+    "outliers={name: jigsaw, images: {source: embedded, set: jigsaw, count: 60, seed: 1}, related: [chimeras]}",
+    "networks.ntom={method: outlier_exposure, objective: ntom, sample: ntom, epochs: 2, batch_size: 64, save_every: 1}",
+    "detectors.energy_ntom={detector: energy, network: ntom}",
+    "detectors.own={detector: dfb_background, network: ntom, sigma: -1, background: log_softmax, label: own}",
+]
+
+
+def test_a_network_trained_with_outliers_is_not_reported_on_sets_like_them(folder):
+    exposed = small(folder, *EXPOSED)
+    table = exposed.results()
+    by_method = table.groupby("method").ood_set.apply(set)
+    assert by_method["Energy (ntom)"] == by_method["own"] == set(exposed.ood_groups) - {"chimeras"}
+    assert by_method["Energy"] == set(exposed.ood_groups)
+    resamples = exposed.resamples(table, "auroc")
+    complete = {"MSP", "Energy", "MSP (um)", "Energy (umap)"}
+    assert set(results.rank_intervals(table, resamples, "auroc")[0].method) == complete
+    pairs = results.paired_differences(table, resamples, "auroc")
+    assert {*pairs.method_a, *pairs.method_b} == complete and pairs.difference.notna().all()
+    assert "Energy (ntom), own: not reported on chimeras." in results.describe_table(table, "auroc")
+
+
+def test_detectors_see_the_classes_alone_of_a_network_with_an_output_for_outliers(folder):
+    exposed = small(folder, *EXPOSED)
+    network = exposed.fine_tuned("ntom")
+    assert network.network.num_classes == 11 and network.head.num_classes == 10
+    along = exposed.along_training(network)
+    last = along[(along.epoch == 2) & (along.detector == "Energy")]
+    assert last.id_accuracy.iloc[0] == pytest.approx(network.id_accuracy)
+    assert set(last.ood_set) == set(exposed.ood_groups) - {"chimeras"}
+    table = exposed.results(["energy_ntom"]).set_index("ood_set").auroc
+    assert last.set_index("ood_set").auroc.to_dict() == pytest.approx(table.to_dict(), abs=0.02)
+
+
+def test_outliers_that_are_missing_can_be_done_without(folder, tmp_path):
+    missing = f"outliers={{name: gone, images: {{source: npz, path: {tmp_path / 'gone.npz'}}}}}"
+    with pytest.raises(MissingDataError, match=r"gone\.npz"):
+        small(folder, missing, *EXPOSED[1:2]).check_images()
+    without = small(folder, missing, *EXPOSED[1:2], skip_missing=True)
+    without.check_images()
+    assert "outlier_exposure" not in without.training_methods
+
+
+def test_a_network_is_not_tuned_on_the_outliers_it_was_trained_with(folder):
+    tuning = "tuning={name: same, images: {source: embedded, set: jigsaw, count: 60, seed: 1}, grids: {react_ntom: {percentile: [80, 90]}}}"
+    row = "detectors.react_ntom={detector: react, network: ntom}"
+    with pytest.raises(InputError, match="tunes a network trained with outliers on .* of the same images"):
+        small(folder, *EXPOSED, row, tuning).check_images()
 
 
 # ---- comparisons -------------------------------------------------------------------------------------------
