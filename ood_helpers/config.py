@@ -570,10 +570,10 @@ class EpochTrainingConfig(NetworkRecipe):
             raise ValueError("estimate is null and loss_constraint, too, expected one of them; give one")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov has no effect without momentum; remove it")
-        for name in ("save_every", "scored_epoch"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value > self.epochs:
-                raise ValueError(f"{name} is {value}, expected at most the {self.epochs} epochs")
+        if isinstance(self.scored_epoch, int) and self.scored_epoch > self.epochs:
+            raise ValueError(
+                f"scored_epoch is {self.scored_epoch}, expected at most the {self.epochs} epochs"
+            )
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs is {self.warmup_epochs}, expected less than the {self.epochs} epochs"
@@ -582,7 +582,7 @@ class EpochTrainingConfig(NetworkRecipe):
 
     @field_validator("start", "scored_epoch", mode="before")
     @classmethod
-    def _an_epoch(cls, value: Any, info: ValidationInfo) -> Any:
+    def _epoch_or_word(cls, value: Any, info: ValidationInfo) -> Any:
         words, path = ("last", "best"), info.field_name == "start" and "." in str(value)
         number = isinstance(value, int) and not isinstance(value, bool) and value > 0
         if value in words or number or path:

@@ -110,7 +110,6 @@ OUTLIERS = "outliers={name: jigsaw, images: {source: embedded, set: jigsaw}, rel
         (UM + "nesterov: true, momentum: 0}", "nesterov has no effect without momentum"),
         (UM + "scored_epoch: 11, epochs: 10}", "scored_epoch is 11, expected at most the 10 epochs"),
         (UM + "warmup_epochs: 11, epochs: 10}", "warmup_epochs is 11, expected less than the 10 epochs"),
-        (UM + "save_every: 11, epochs: 10}", "save_every is 11, expected at most the 10 epochs"),
         (UM + "batch_size: 1}", "networks.um.batch_size: found 1, expected"),
         (UM + "keeprate: 0.8}", "unknown key 'keeprate'; did you mean 'keep_rate'"),
         (UM + "estimate: {draw: 3}}", "unknown key 'draw'; did you mean 'draws'"),
