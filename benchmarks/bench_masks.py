@@ -1,0 +1,92 @@
+"""What do the masks of UMAP cost, and what does it save to make them anew only when their scores have changed?
+
+    python benchmarks/bench_masks.py --config cifar10_npz --data-root ../shared
+
+Times, in one run, on the backbone: a pass in eval mode without masks, with masks that are kept, and with masks that are
+made at each forward pass, as the public code does; and a training step without and with masks. Prints the ratios to the
+network without masks and writes benchmarks/results/masks_<config>.csv with machine, versions and command.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from recording import experiment_options, record
+
+from ood_helpers.pipeline import Experiment
+from ood_helpers.training import load_images, to_network
+from ood_helpers.training.weight_masks import attach_masks, freeze_weights, masks_of
+
+
+def median_seconds(step: Callable[[], None], device: torch.device, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return float(pd.Series(times[1:]).median())
+
+
+def main() -> None:
+    parser = experiment_options(__doc__)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    run = Experiment.open(arguments.config, arguments.data_root, device=arguments.device)
+    rows = torch.arange(arguments.batch_size)
+    images = load_images(run.image_set("train"), run.transform, rows)
+    images, labels = to_network(images, run.image_set("train"), rows, run.transform, run.device)
+    plain, masked = copy.deepcopy(run.network), copy.deepcopy(run.network)
+    attach_masks(masked, 0.8, torch.Generator().manual_seed(0))
+    freeze_weights(masked)
+
+    def evaluate(network: torch.nn.Module, forget: bool = False) -> Callable[[], None]:
+        @torch.no_grad()
+        def step() -> None:
+            network.eval()
+            for mask in masks_of(network).values() if forget else ():
+                mask._mask = None
+            network(images)
+
+        return step
+
+    def train(network: torch.nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1e-6)
+
+        def step() -> None:
+            network.train()
+            optimizer.zero_grad(set_to_none=True)
+            torch.nn.functional.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+
+        return step
+
+    cases = {
+        ("pass", "without masks"): evaluate(plain),
+        ("pass", "masks kept"): evaluate(masked),
+        ("pass", "masks made at each pass"): evaluate(masked, forget=True),
+        ("training step", "without masks"): train(plain),
+        ("training step", "with masks"): train(masked),
+    }
+    seconds = {case: median_seconds(step, run.device, arguments.repeats) for case, step in cases.items()}
+    table = pd.DataFrame(
+        {
+            "what": what,
+            "network": network,
+            "batch_size": arguments.batch_size,
+            "seconds": value,
+            "ratio_to_without": value / seconds[what, "without masks"],
+        }
+        for (what, network), value in seconds.items()
+    )
+    print(table.round(4).to_string(index=False))
+    command = f"bench_masks.py --config {arguments.config}"
+    record(table, f"masks_{arguments.config}", run.device, {"torch": torch.__version__}, command)
+
+
+if __name__ == "__main__":
+    main()
