@@ -38,7 +38,6 @@ def few_steps(groups, batch_size):
     head = {"schedule": [5, 10, 15, 20, 25], "learning_rate": 0.1}
     unleashed = {"method": "unleashing_mask", "estimate": {"draws": 1}, "epochs": 2, "steps_per_epoch": 2}
     exposed = {"method": "outlier_exposure", "epochs": 2, "steps_per_epoch": 1, "batch_size": batch_size}
-    exposed["pool_size"] = 100
     networks = {
         "group": {"groups": {"strategy": "taxonomy", "file": groups}, **head},
         "flat": head,
@@ -51,9 +50,9 @@ def few_steps(groups, batch_size):
         "um": {**unleashed, "batch_size": 2 * batch_size},
         "umap": {**unleashed, "batch_size": 2 * batch_size, "keep_rate": 0.9, "initial_scores": "magnitude"},
         "oe": exposed,
-        "poem": {**exposed, "objective": "energy", "sample": "poem"},
+        "poem": {**exposed, "objective": "energy", "sample": "poem", "pool_size": 100},
         "doe": {**exposed, "objective": "doe", "doe": {"unperturbed_epochs": 1}},
-        "ntom": {**exposed, "objective": "ntom", "sample": "ntom"},
+        "ntom": {**exposed, "objective": "ntom", "sample": "ntom", "pool_size": 100},
     }
     return [f"networks={json.dumps(networks)}", *ABLATIONS]
 
