@@ -673,6 +673,14 @@ class EnergyMargins(Model):
     inside: float = Field(-25.0, description="m_in: ID images with a higher energy are penalised")
     outside: float = Field(-7.0, description="m_out: outliers with a lower energy are penalised")
 
+    @model_validator(mode="after")
+    def _apart(self) -> "EnergyMargins":
+        if self.inside >= self.outside:
+            raise ValueError(
+                f"inside is {self.inside:g} and outside {self.outside:g}, expected the energy of ID images below that of outliers"
+            )
+        return self
+
 
 class PosteriorConfig(Model):
     """The Bayesian linear regression of POEM, from which the boundary is drawn anew each epoch."""
@@ -1065,7 +1073,7 @@ class ExperimentConfig(Model):
             for name in names:
                 if getattr(ablations, name) and not of_kind:
                     raise ValueError(
-                        f"unleashing_ablations.{name} varies a network of {kind}, but there is none; add one"
+                        f"unleashing_ablations.{name} varies a network of {kind}, but there is none; add one, or set unleashing_ablations to null"
                     )
         if ablations.from_scratch is not None and self.backbone.training is not None:
             raise ValueError(

@@ -585,7 +585,7 @@ class Experiment:
 
         Parameters
         ----------
-        images : the first so many of the ID test set and of each OOD set; None = all
+        images : how many of the ID test set and of each OOD set, evenly spaced; None = all
         rows : detectors of the config that score logits or features and learn nothing
 
         Returns
@@ -626,7 +626,7 @@ class Experiment:
         detectors = [[self._label(row), self._unfitted(row).hyperparameters()] for row in rows]
         code = [_code_of(type(self._unfitted(row))) for row in rows] + [_hash_of([metrics])]
         epochs = [weights_file.name for weights_file in network.saved_epochs.values()]
-        return sha256_of_json([images, sets, detectors, code, epochs, groups])[:SHORT]
+        return sha256_of_json([images, "evenly spaced", sets, detectors, code, epochs, groups])[:SHORT]
 
     @torch.no_grad()
     def _detection_at(
@@ -638,13 +638,14 @@ class Experiment:
         def bank_of(name: str) -> FeatureBank:
             image_set = self.image_set(name)
             count = len(image_set) if images is None else min(images, len(image_set))
+            taken = image_set.take(np.linspace(0, len(image_set) - 1, count).astype(np.int64))
             features = torch.cat(
                 [
                     classifier.features(self.transform.normalise(pixels.to(self.device))).cpu()
-                    for pixels in image_batches(image_set, self.transform, 0, count, batch_size)
+                    for pixels in image_batches(taken, self.transform, 0, count, batch_size)
                 ]
             )
-            labels = None if name != "test" else torch.as_tensor(image_set.labels[:count])
+            labels = None if name != "test" else torch.as_tensor(taken.labels)
             return FeatureBank(features, head.to("cpu").logits(features), labels)
 
         test, lines = bank_of("test"), []

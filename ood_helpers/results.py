@@ -281,7 +281,8 @@ def _reported_apart(results: pd.DataFrame) -> str:
 def _accuracies(results: pd.DataFrame) -> str:
     """The ID accuracy that most methods rest on, and those of methods with another network."""
     means = results.groupby("method", sort=False).id_accuracy.mean().map("{:.2f} %".format)
-    common = means.mode().iloc[0]
+    counts = means.value_counts()
+    common = next(value for value in means if counts[value] == counts.max())
     others = means[means != common]
     listed = [
         f"{value} for {', '.join(methods)}"
