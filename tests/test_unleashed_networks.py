@@ -350,7 +350,7 @@ def test_outliers_that_are_missing_can_be_done_without(folder, tmp_path):
 def test_a_network_is_not_tuned_on_the_outliers_it_was_trained_with(folder):
     tuning = "tuning={name: same, images: {source: embedded, set: jigsaw, count: 60, seed: 1}, grids: {react_ntom: {percentile: [80, 90]}}}"
     row = "detectors.react_ntom={detector: react, network: ntom}"
-    with pytest.raises(InputError, match="tunes a network trained with outliers on .* of the same images"):
+    with pytest.raises(InputError, match=r"tunes a network trained with outliers on .* of the same images"):
         small(folder, *EXPOSED, row, tuning).check_images()
 
 
@@ -385,20 +385,31 @@ def test_a_checkpoint_of_a_network_made_elsewhere(run, folder):
 
 
 def test_real_cifar10(shared, tmp_path):
-    """Two steps of each on the DenseNet-101 of DICE."""
+    """Two steps of each on the DenseNet-101 of DICE; real outliers, which Tiny-ImageNet is then left out for."""
     sets = {"SVHN": 8, "Textures": 8, "Tiny-ImageNet": 8, "CIFAR-100": 8}
     tuning = "method: unleashing_mask, loss_constraint: 0.1, epochs: 1, steps_per_epoch: 2, batch_size: 16, learning_rate: 0.02"
     overrides = [f"ood.{name}.images.subset.first={count}" for name, count in sets.items()]
     overrides += ["id.train.subset.first=32", "id.test.subset.first=16", "id.validation=null", "tuning=null"]
     overrides += ["backbone.expected_accuracy=null", "metrics.bootstrap_resamples=20"]
-    overrides += [
-        f"networks={{um: {{{tuning}}}, umap: {{{tuning}, keep_rate: 0.8, initial_scores: magnitude}}}}",
-        "detectors={msp_um: {detector: msp, network: um}, energy_umap: {detector: energy, network: umap}}",
-    ]
+    exposed = {
+        "oe": "objective: oe",
+        "poem": "objective: energy, sample: poem, pool_size: 16, id_loss: um, loss_constraint: 0.1",
+        "doe": "objective: doe, doe: {unperturbed_epochs: 1}",
+        "ntom": "objective: ntom, sample: ntom, pool_size: 16",
+    }
+    short = "method: outlier_exposure, epochs: 2, steps_per_epoch: 1, batch_size: 8"
+    networks = f"um: {{{tuning}}}, umap: {{{tuning}, keep_rate: 0.8, initial_scores: magnitude}}"
+    networks += "".join(f", {name}: {{{short}, {settings}}}" for name, settings in exposed.items())
+    detectors = "msp_um: {detector: msp, network: um}, energy_umap: {detector: energy, network: umap}"
+    detectors += "".join(f", energy_{name}: {{detector: energy, network: {name}}}" for name in exposed)
+    overrides += [f"networks={{{networks}}}", f"detectors={{{detectors}}}"]
     folders = {"run_dir": str(tmp_path / "runs"), "figures_dir": str(tmp_path / "figures"), "device": "cpu"}
     run = Experiment.open("cifar10_npz", str(shared), **folders, overrides=overrides)
     table = run.results()
-    assert len(table) == 8 and table.auroc.between(0, 100).all()
+    assert len(table) == 2 * 4 + 4 * 3 and table.auroc.between(0, 100).all()
+    assert set(table[table.ood_set == "Tiny-ImageNet"].method) == {"MSP (um)", "Energy (umap)"}
+    for name in exposed:
+        assert run.fine_tuned(name).training_history.train_outlier_loss.gt(0).all()
     um, umap = run.fine_tuned("um"), run.fine_tuned("umap")
     assert um.training_history.train_loss.ge(0.1).all() and um.training_history.step.tolist() == [2]
     assert not torch.equal(um.network.head.weight, run.network.head.weight)
