@@ -1063,7 +1063,11 @@ class ExperimentConfig(Model):
         ablations = self.unleashing_ablations
         if ablations is None:
             return self
-        recipes = [recipe for recipe in self.networks.values() if isinstance(recipe, UnleashingMaskConfig)]
+        recipes = [
+            recipe
+            for recipe in self.networks.values()
+            if isinstance(recipe, UnleashingMaskConfig) and recipe.checkpoint is None
+        ]
         um = [recipe for recipe in recipes if recipe.keep_rate is None and recipe.id_loss == "um"]
         umap = [recipe for recipe in recipes if recipe.keep_rate is not None]
         for names, of_kind, kind in (
@@ -1073,7 +1077,7 @@ class ExperimentConfig(Model):
             for name in names:
                 if getattr(ablations, name) and not of_kind:
                     raise ValueError(
-                        f"unleashing_ablations.{name} varies a network of {kind}, but there is none; add one, or set unleashing_ablations to null"
+                        f"unleashing_ablations.{name} varies a training of {kind}, but there is none; add one, or set unleashing_ablations to null"
                     )
         if ablations.from_scratch is not None and self.backbone.training is not None:
             raise ValueError(

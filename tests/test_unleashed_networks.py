@@ -374,7 +374,9 @@ def test_a_checkpoint_of_a_network_made_elsewhere(run, folder):
     path = folder / "um.safetensors"
     weights = run.fine_tuned("um").network.state_dict()
     save_file({name: value.contiguous() for name, value in weights.items()}, path)
-    other = small(folder, f"networks.um={{method: unleashing_mask, checkpoint: {path}}}").fine_tuned("um")
+    other = small(
+        folder, "unleashing_ablations=null", f"networks.um={{method: unleashing_mask, checkpoint: {path}}}"
+    ).fine_tuned("um")
     assert same_state(other.network, run.fine_tuned("um").network)
     assert other.described == {"method": "unleashing_mask", "checkpoint": Path(path).name}
     assert other.training_history is None and other.saved_epochs == {}
