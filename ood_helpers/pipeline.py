@@ -530,7 +530,8 @@ class Experiment:
             elif start != "last":
                 load_checkpoint(network, resolve_path(start))
             self._starts[start] = network
-        return copy.deepcopy(self._starts[start])
+        # a network that was differentiated by its input has been frozen for that
+        return copy.deepcopy(self._starts[start]).requires_grad_(True)
 
     def _backbone_at(self, network: Classifier, start: str | int) -> Classifier:
         if not self.backbone.trained_here:

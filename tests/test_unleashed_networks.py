@@ -284,6 +284,12 @@ def test_the_backbones_own_training_can_be_looked_at(run):
     assert accuracies[0] < 40 < accuracies[5]
 
 
+def test_a_backbone_that_was_frozen_for_input_gradients_can_be_trained_on(folder):
+    other = small(folder, "networks.um.learning_rate=0.04")
+    _ = other.image_bank("test")  # its network is frozen
+    assert other.fine_tuned("um").training_history.train_cross_entropy.notna().all()
+
+
 def test_another_network_trained_from_scratch_can_be_looked_at(run):
     config = run.config.backbone.model_copy(
         update={"training": run.config.backbone.training.model_copy(update={"epochs": 2, "save_every": 1})}
