@@ -376,7 +376,7 @@ class Experiment:
         exposed = [
             row
             for row in self.config.tuning.grids
-            if isinstance(self.networks.get(self.detectors[row].network), OutlierExposureConfig)
+            if isinstance(self.networks.get(self._unfitted(row).network), OutlierExposureConfig)
         ]
         shared = self.image_set("tuning").shared_with(self.image_set("outliers")) if exposed else 0
         if shared:
