@@ -408,6 +408,12 @@ def npz_experiment(folder):
         for name in ("train", "test", "letters", "noise")
     }
     del config["tuning"], config["detectors"]["mahalanobis_ensemble"], config["detectors"]["mahalanobis_flat"]
+    del config["outliers"], config["unleashing_ablations"]
+    exposed = [name for name, made in config["networks"].items() if made and "objective" in made]
+    for name in exposed:
+        del config["networks"][name]
+    short = {"method": "unleashing_mask", "loss_constraint": 0.3, "epochs": 1, "batch_size": 64}
+    config["networks"] |= {"um": short, "umap": {**short, "keep_rate": 0.9}}
     config |= {
         "name": "spoilt",
         "id": {"name": "digits", "num_classes": 10, "class_names": [str(i) for i in range(10)], "train": npz["train"], "test": npz["test"]},
