@@ -365,8 +365,8 @@ class Experiment:
             shared = one.shared_with(other)
             if shared > 0.01 * min(len(one), len(other)):
                 raise InputError(
-                    f"{shared:,} of the {len(one):,} images of {one.name} ({ours}), on which networks or hyper-parameters are chosen, are "
-                    f"also in {other.name}, which is reported, expected other images; change one of the two."
+                    f"{shared:,} of the {len(one):,} images of {one.name} ({ours}), on which networks or hyper-parameters are "
+                    f"chosen, are also in {other.name}, which is reported, expected other images; change one of the two."
                 )
 
     def _check_tuned_apart(self) -> None:
@@ -604,34 +604,45 @@ class Experiment:
             )
         for row in rows:
             detector = self._unfitted(row)
-            if type(detector)._fit is not Detector._fit or detector.needs_images:
+            if _learns(detector) or detector.needs_images:
                 raise InputError(
                     f"{self._label(row)} learns from training images or needs images, expected a detector of logits such as "
                     "energy along a training; name another one."
                 )
-        path = network.model_directory / f"along-{self._along_key(network, images, rows)}.csv"
+        ood_sets = self._sets_for(getattr(network, "recipe", None))
+        path = network.model_directory / f"along-{self._along_key(network, images, rows, ood_sets)}.csv"
         with locked(path):
             if not path.exists():
                 lines = []
                 for epoch in track(network.saved_epochs, description="Saved epochs", unit="epoch"):
-                    lines += self._detection_at(network, epoch, images, rows)
+                    lines += self._detection_at(network, epoch, images, rows, ood_sets)
                 write_text(path, pd.DataFrame(lines).to_csv(index=False))
         history = network.training_history.set_index("epoch")
         column = "train_cross_entropy" if "train_cross_entropy" in history else "train_loss"
         table = pd.read_csv(path)
         return table.assign(cross_entropy=table.epoch.map(history[column]))
 
-    def _along_key(self, network: ExperimentNetwork, images: int | None, rows: Sequence[str]) -> str:
-        groups = self._sets_for(getattr(network, "recipe", None))
-        sets = [self.image_set(name).fingerprint for name in ("test", *groups)]
+    def _along_key(
+        self,
+        network: ExperimentNetwork,
+        images: int | None,
+        rows: Sequence[str],
+        ood_sets: Mapping[str, str],
+    ) -> str:
+        sets = [self.image_set(name).fingerprint for name in ("test", *ood_sets)]
         detectors = [[self._label(row), self._unfitted(row).hyperparameters()] for row in rows]
         code = [_code_of(type(self._unfitted(row))) for row in rows] + [_hash_of([metrics])]
         epochs = [weights_file.name for weights_file in network.saved_epochs.values()]
-        return sha256_of_json([images, "evenly spaced", sets, detectors, code, epochs, groups])[:SHORT]
+        return sha256_of_json([images, "evenly spaced", sets, detectors, code, epochs, ood_sets])[:SHORT]
 
     @torch.no_grad()
     def _detection_at(
-        self, network: ExperimentNetwork, epoch: int, images: int | None, rows: Sequence[str]
+        self,
+        network: ExperimentNetwork,
+        epoch: int,
+        images: int | None,
+        rows: Sequence[str],
+        ood_sets: Mapping[str, str],
     ) -> list[dict]:
         classifier, batch_size = network.at_epoch(epoch), pass_batch_size(self.config.features, self.device)
         head = Head.of(classifier)
@@ -653,7 +664,7 @@ class Experiment:
         id_accuracy = accuracy(test, head)
         fitted = {row: copy.copy(self._unfitted(row)).fit(test, head) for row in rows}
         id_scores = {row: detector.score_samples(test) for row, detector in fitted.items()}
-        for name, group in self._sets_for(getattr(network, "recipe", None)).items():
+        for name, group in ood_sets.items():
             bank = bank_of(name)
             for row, detector in fitted.items():
                 ood_scores = detector.score_samples(bank)
@@ -830,8 +841,8 @@ class Experiment:
 
         Returns
         -------
-        one line a network and OOD set (without those related to the outliers that a network was trained with), with the columns of results.csv that apply, `method` being the label; and the means
-        over OOD sets, see results.mean_table
+        one line a network and OOD set (without those related to the outliers that a network was trained with), with the
+        columns of results.csv that apply, `method` being the label; and the means over OOD sets, see results.mean_table
         """
         _ = self.id_accuracy  # the guard
         lines, resamples = [], {metric: {} for metric in results.METRICS}
@@ -841,8 +852,7 @@ class Experiment:
             facts["hyperparameters"] = json.dumps({"network": network.described})
             detector = copy.copy(scored_by) or create("msp" if recipe.softmax_groups is None else "mos")
             test = network.bank("test")
-            learns = type(detector)._fit is not Detector._fit
-            detector.fit(network.bank("train") if learns else test, network.head)
+            detector.fit(network.bank("train") if _learns(detector) else test, network.head)
             id_scores, of_sets = detector.score_samples(test).numpy(), {}
             for name, group in self._sets_for(recipe).items():
                 ood_scores = detector.score_samples(network.bank(name)).numpy()
@@ -1287,6 +1297,11 @@ def _rows(bank: FeatureBank, rows: Any) -> FeatureBank:
         return None if value is None else value[rows]
 
     return replace(bank, **{field.name: taken(getattr(bank, field.name)) for field in fields(bank)})
+
+
+def _learns(detector: Detector) -> bool:
+    """Whether a detector learns anything from the bank it is fitted on."""
+    return type(detector)._fit is not Detector._fit
 
 
 def _code_of(detector_class: type[Detector]) -> str:
