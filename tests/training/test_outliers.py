@@ -196,7 +196,9 @@ def test_sums_are_those_of_repeated_rows():
 
 def sampler(count: int = 12, available: int = 40, outputs: int = 3, train: int = 18, **config):
     posterior = config.pop("posterior", None)
-    config = {"batch_size": 8, "pool_size": 30, **config}
+    config = {"batch_size": 8, **config}
+    if config.get("sample", "random") != "random":
+        config["pool_size"] = 30
     if posterior is not None:
         config["posterior"] = posterior
     return OutlierSampler(
