@@ -1,11 +1,15 @@
-"""What the tests share: the place of the real data."""
+"""What the tests share: the processor, where several processes run them, and the place of the real data."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from ood_helpers.config import PROJECT_ROOT
+from ood_helpers.config import PROJECT_ROOT  # does not import torch
+
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if workers > 1:  # before torch is imported, and for the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture(scope="session")
