@@ -22,3 +22,8 @@ def shared() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process waits for them at the end."""
+    items.sort(key=lambda item: "notebooks" not in item.path.parts)

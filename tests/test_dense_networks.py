@@ -222,7 +222,14 @@ def test_a_network_without_background_is_refused_before_anything_starts(tmp_path
 
 
 def test_without_an_entry_the_network_has_the_papers_recipe(tmp_path):
-    run = small(tmp_path, "networks={}", "outliers=null", "detectors={dfb: {host: energy}}", "tuning=null")
+    run = small(
+        tmp_path,
+        "networks={}",
+        "detectors={dfb: {host: energy}}",
+        "tuning=null",
+        "outliers=null",
+        "unleashing_ablations=null",
+    )
     assert run.networks["dfb"] == DenseConfig() and run.training_methods == {"dense"}
 
 

@@ -206,7 +206,12 @@ def test_a_checkpoint_with_other_groups_is_noticed(run, folder):
 
 
 def test_no_networks_may_be_said_as_null(folder):
-    assert small(folder, "networks=null", "outliers=null", "detectors={msp: {}}").config.networks == {}
+    assert (
+        small(
+            folder, "networks=null", "outliers=null", "detectors={msp: {}}", "unleashing_ablations=null"
+        ).config.networks
+        == {}
+    )
 
 
 def test_the_guard_of_the_backbone_stops_comparisons(folder):
@@ -285,7 +290,14 @@ def test_devkit_columns_come_into_the_order_of_labels():
 
 
 def test_networks_without_any_in_the_config(folder):
-    run = small(folder, "networks={}", "outliers=null", "detectors={msp: {}}", "mos_ablations=null")
+    run = small(
+        folder,
+        "networks={}",
+        "outliers=null",
+        "detectors={msp: {}}",
+        "mos_ablations=null",
+        "unleashing_ablations=null",
+    )
     assert run.fine_tuned("group").groups.names == ("cluster 1", "cluster 2", "cluster 3")
     assert run.detector("mos").network == "group"
     with pytest.raises(InputError, match="No network 'grup' in digits; did you mean 'group'"):
