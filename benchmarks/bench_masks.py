@@ -7,7 +7,6 @@ made at each forward pass, as the public code does; and a training step without 
 network without masks and writes benchmarks/results/masks_<config>.csv with machine, versions and command.
 """
 
-import copy
 import time
 from collections.abc import Callable
 
@@ -16,7 +15,7 @@ import torch
 from recording import experiment_options, record
 
 from ood_helpers.pipeline import Experiment
-from ood_helpers.training import load_images, to_network
+from ood_helpers.training.classifier import load_images, to_network
 from ood_helpers.training.weight_masks import attach_masks, freeze_weights, masks_of
 
 
@@ -40,7 +39,7 @@ def main() -> None:
     rows = torch.arange(arguments.batch_size)
     images = load_images(run.image_set("train"), run.transform, rows)
     images, labels = to_network(images, run.image_set("train"), rows, run.transform, run.device)
-    plain, masked = copy.deepcopy(run.network), copy.deepcopy(run.network)
+    plain, masked = run.start_network(), run.start_network()
     attach_masks(masked, 0.8, torch.Generator().manual_seed(0))
     freeze_weights(masked)
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 import subprocess
 import tomllib
 from hashlib import sha256
@@ -114,3 +115,15 @@ def test_committed_figures_are_those_of_the_committed_manifest(experiment):
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", (PROJECT_ROOT / "README.md").read_text()))
 def test_the_readmes_links_lead_somewhere(link):
     assert (PROJECT_ROOT / link).exists()
+
+
+@pytest.mark.parametrize(
+    "script", sorted(path.name for path in (PROJECT_ROOT / "benchmarks").glob("bench_*.py"))
+)
+def test_benchmarks_find_what_they_measure(script, monkeypatch, capsys):
+    folder = PROJECT_ROOT / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(folder / script), run_name="__main__")
+    assert f"python benchmarks/{script}" in capsys.readouterr().out
