@@ -338,6 +338,7 @@ def _draws(images: int, stream: list[int]) -> np.ndarray:
         # Whole words for every resample, so that the draws do not depend on the size of a block.
         words = generator.integers(1 << 64, size=(rows.stop - rows.start, ceil(images / 4)), dtype=np.uint64)
         table.take(words.view(np.uint16)[:, :images], out=draws[rows], mode="clip")
+    del words  # what follows has its own peak of memory
     flat = draws.ravel()
     undecided = np.flatnonzero(flat >= UNDECIDED)
     first_bits = np.floor(cumulative[flat[undecided] - UNDECIDED] * 2**16)

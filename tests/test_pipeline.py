@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from labels import LABELS
 from safetensors.torch import load_file, save_file
 
 from ood_helpers import pipeline
@@ -26,16 +27,7 @@ from ood_helpers.pipeline import Experiment
 from ood_helpers.results import COLUMNS
 
 TIMES = ["score_seconds", "fit_seconds"]
-METHODS = [
-    "MSP", "MaxLogit", "Energy", "GEN", "KL matching", "ODIN", "GradNorm", "Mahalanobis", "Mahalanobis (ensemble)",
-    "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe", "MOS",
-    "MSP (flat)", "ODIN (flat)", "Energy (flat)", "Mahalanobis (ensemble, flat)", "KL matching (flat)",
-    "MSP (T = 2)", "MSP (dfb)", "MSP (T = 2, dfb)", "ODIN (dfb)", "Energy (dfb)", "ViM (dfb)", "DFB background",
-    "MSP + DFB", "MSP (T = 2) + DFB", "ODIN + DFB", "Energy + DFB", "ViM + DFB",
-    "MSP + UM", "ODIN + UM", "Energy + UM", "Mahalanobis + UM", "ReAct + UM", "DICE + UM", "ASH-S + UM",
-    "MSP + UMAP", "ODIN + UMAP", "Energy + UMAP", "Mahalanobis + UMAP", "ReAct + UMAP", "DICE + UMAP", "ASH-S + UMAP",
-    "ReAct (tuned)", "LINe (tuned)",
-]  # fmt: skip
+METHODS = [*LABELS, "ReAct (tuned)", "LINe (tuned)"]
 SMALL = [
     "backbone.training.epochs=2",
     "backbone.depth=10",

@@ -442,17 +442,15 @@ def test_every_figure_is_complete_and_readable(rng, classes, count, methods):
 
 
 def test_saving_twice_gives_the_same_bytes(rng, tmp_path):
-    figures = every_figure(rng, 3, {"SVHN": "far"}, METHODS[:2])
-    some = ("tuning_effect", "score_grid", "sample_grid", "training_stages", "forgetting")
-    for name in some:
-        first = [path.read_bytes() for path in plots.save_figure(figures[name], tmp_path / "first", name)]
-        second = [path.read_bytes() for path in plots.save_figure(figures[name], tmp_path / "second", name)]
+    for name, figure in every_figure(rng, 3, {"SVHN": "far"}, METHODS[:2]).items():
+        first = [path.read_bytes() for path in plots.save_figure(figure, tmp_path / "first", name)]
+        second = [path.read_bytes() for path in plots.save_figure(figure, tmp_path / "second", name)]
         assert first == second, name
         assert b"Software" not in first[0] and b"Matplotlib" not in first[1] and b"<dc:date>" not in first[1]
     names = {path.name for path in (tmp_path / "first").iterdir()}
-    assert names == {
-        f"{name}.{suffix}" for name in some for suffix in ("png", "svg")
-    }  # no temporary file stays
+    assert (
+        len(names) == 2 * 45 and {"tuning_effect.png", "tuning_effect.svg"} <= names
+    )  # no temporary file stays
     with Image.open(tmp_path / "first" / "tuning_effect.png") as image:
         assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1) and image.width == 1050
 

@@ -6,20 +6,12 @@ import subprocess
 import sys
 
 import pandas as pd
+from labels import LABELS
 
 from ood_helpers.config import PROJECT_ROOT
 from ood_helpers.results import COLUMNS
 from ood_helpers.runner import notebook_names
 
-METHODS = {
-    "MSP", "MaxLogit", "Energy", "GEN", "KL matching", "ODIN", "GradNorm", "Mahalanobis", "Mahalanobis (ensemble)",
-    "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe", "MOS",
-    "MSP (flat)", "ODIN (flat)", "Energy (flat)", "Mahalanobis (ensemble, flat)", "KL matching (flat)",
-    "MSP (T = 2)", "MSP (dfb)", "MSP (T = 2, dfb)", "ODIN (dfb)", "Energy (dfb)", "ViM (dfb)", "DFB background",
-    "MSP + DFB", "MSP (T = 2) + DFB", "ODIN + DFB", "Energy + DFB", "ViM + DFB",
-    "MSP + UM", "ODIN + UM", "Energy + UM", "Mahalanobis + UM", "ReAct + UM", "DICE + UM", "ASH-S + UM",
-    "MSP + UMAP", "ODIN + UMAP", "Energy + UMAP", "Mahalanobis + UMAP", "ReAct + UMAP", "DICE + UMAP", "ASH-S + UMAP",
-}  # fmt: skip
 TUNED = {
     "GEN", "KNN", "ViM", "ReAct", "DICE", "DICE + ReAct", "ASH-P", "ASH-B", "ASH-S", "SCALE", "HIMPLoS", "LINe",
     "MSP + DFB", "MSP (T = 2) + DFB", "ODIN + DFB", "Energy + DFB", "ViM + DFB",
@@ -75,7 +67,7 @@ def check_outputs(folder, name, sets, related, ablated=(), left_out=frozenset())
     notebooks `left_out` have nothing to show. Returns the results of the defaults."""
     results = pd.read_csv(folder / "runs" / name / "results.csv")
     assert list(results.columns) == COLUMNS
-    assert set(results.method) == METHODS | {f"{method} (tuned)" for method in TUNED}
+    assert set(results.method) == set(LABELS) | {f"{label} (tuned)" for label in TUNED}
     tuned = results.method.str.endswith("(tuned)")
     by_method = results.groupby("method").ood_set
     for method, found in by_method.apply(set).items():
@@ -116,5 +108,5 @@ def check_outputs(folder, name, sets, related, ablated=(), left_out=frozenset())
     for link in re.findall(r'href="(notebooks/[^"]+)"', report):
         assert (folder / "runs" / name / link).exists()
     assert report.count("data:image/png;base64,") == sum(figure.endswith(".png") for figure in figures)
-    assert all(method in report for method in METHODS)
+    assert all(label in report for label in LABELS)
     return results
