@@ -892,6 +892,15 @@ class FeaturesConfig(Model):
     )
     workers: NonNegativeInt = Field(0, description="processes that decode image files; arrays need none")
     taps: tuple[str, ...] = Field((), description="modules whose pooled outputs are kept beside the features")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32",
+        description="of the network's arithmetic, the head's is always float32: full float32; tf32 = 10 bits of mantissa "
+        "in convolutions and products on CUDA; bfloat16 = 7 bits where PyTorch's autocast allows it",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile the network: pays where a pass takes much longer than the minute that costs",
+    )
 
 
 class TuningConfig(Model):

@@ -7,12 +7,14 @@ are written atomically; an interrupted pass goes on at the first missing shard.
 
 import json
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from ood_helpers.backbones import Classifier, weights_fingerprint
 from ood_helpers.config import FeaturesConfig
-from ood_helpers.data import ImageSet, Transform, image_batches
+from ood_helpers.data import ImageSet, Transform, spanned_batches
 from ood_helpers.errors import InputError
 from ood_helpers.files import atomic_path, locked, sha256_of_json, write_json
 from ood_helpers.groups import Groups, classify
@@ -122,6 +124,13 @@ class FeatureBank:
     def shards(self) -> Iterator["FeatureBank"]:
         """The bank in pieces that fit in memory; this one is a single piece."""
         yield self
+
+    def to(self, device: torch.device | str) -> Self:
+        """The bank with all its tensors on a device."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        taps = {name: tap.to(device) for name, tap in self.taps.items()}
+        return replace(self, **moved, taps=taps)
 
 
 @dataclass(frozen=True)
@@ -350,13 +359,38 @@ def bank_key(
     network: Classifier,
     image_set: ImageSet,
     transform: Transform,
-    taps: tuple[str, ...] = (),
+    options: FeaturesConfig = FeaturesConfig(),  # noqa: B008 - frozen
     device: torch.device | str = "cpu",
 ) -> str:
-    """SHA-256 over weights, transform, image set (content, labels, what was taken), taps, kind of device, code version."""
+    """SHA-256 over weights, transform, image set (content, labels, what was taken), taps, precision and compilation where
+    they are not the default, kind of device, code version."""
     kind = torch.device(device).type  # the last bits differ between kinds of device; a table rests on one
-    parts = [weights_fingerprint(network), transform.fingerprint, image_set.fingerprint, list(taps), kind]
-    return sha256_of_json([*parts, EXTRACTION_VERSION])
+    arithmetic = options.model_dump(include={"precision", "compile"}, exclude_defaults=True)
+    parts = [
+        weights_fingerprint(network),
+        transform.fingerprint,
+        image_set.fingerprint,
+        list(options.taps),
+        kind,
+    ]
+    return sha256_of_json([*parts, EXTRACTION_VERSION, *([arithmetic] if arithmetic else [])])
+
+
+@contextmanager
+def float32_products(precision: str = "float32") -> Iterator[None]:
+    """How CUDA multiplies float32 meanwhile: "tf32", or anything else for full float32.
+
+    By default PyTorch rounds the inputs of convolutions to 10 bits of mantissa there.
+    """
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before):
+            setting.fp32_precision = value
 
 
 def extract(
@@ -369,7 +403,7 @@ def extract(
 ) -> StoredBank:
     """Pass an image set through a network once and store features, logits, labels and taps.
 
-    Memory: the outputs of one shard (`shard_size` images) and one batch of images.
+    Memory: the outputs of two shards (`shard_size` images), one of which is being written, and two batches of images.
     Shards already in `directory` are kept, so an interrupted pass goes on where it stopped; each shard is
     computed by the same batches either way, so the result is the same.
 
@@ -380,32 +414,66 @@ def extract(
     directory = Path(directory)
     with locked(directory):
         return StoredBank.open(directory) or _extract(
-            network, image_set, transform, directory, options, device
+            network, image_set, transform, directory, options, torch.device(device)
         )
 
 
 def _extract(network, image_set, transform, directory, options, device) -> StoredBank:
-    starts = range(0, len(image_set), options.shard_size)
     network.eval().to(device, memory_format=torch.channels_last)
-    with track(description=image_set.name, total=len(image_set), unit="image") as bar:
-        for index, start in enumerate(starts):
-            stop = min(start + options.shard_size, len(image_set))
-            path = shard_path(directory, index)
-            if path.exists():
-                with _open_shard(path) as shard:
-                    _check_rows(path, shard.get_slice("features").get_shape()[0], stop - start)
-            else:
-                _write_shard(path, network, image_set, transform, start, stop, options, device, bar)
-            bar.n = stop
-            bar.refresh()
+    shards = [
+        (shard_path(directory, index), start, min(start + options.shard_size, len(image_set)))
+        for index, start in enumerate(range(0, len(image_set), options.shard_size))
+    ]
+    missing = []
+    for path, start, stop in shards:
+        if path.exists():
+            with _open_shard(path) as shard:
+                _check_rows(path, shard.get_slice("features").get_shape()[0], stop - start)
+        else:
+            missing.append((path, start, stop))
+    batch_size = pass_batch_size(options, device)
+    spans = [
+        (first, min(first + batch_size, stop))
+        for _, start, stop in missing
+        for first in range(start, stop, batch_size)
+    ]
+    batches = on_device(spanned_batches(image_set, transform, spans, options.workers), device)
+    forward = _forward(network, options, device, batch_size)
+    # The shard before is checked and written while the next one is computed.
+    with (
+        ThreadPoolExecutor(1) as writer,
+        track(description=image_set.name, total=len(image_set), unit="image") as bar,
+        torch.inference_mode(),
+        float32_products(options.precision),
+        _tapped(network, options.taps) as taps,
+    ):
+        bar.update(len(image_set) - sum(stop - start for _, start, stop in missing))
+        written = None
+        for path, start, stop in missing:
+            begin, outputs = time.perf_counter(), defaultdict(list)
+            for _ in range(start, stop, batch_size):
+                inputs = transform.normalise(next(batches)).contiguous(memory_format=torch.channels_last)
+                features = forward(inputs)
+                outputs["features"].append(features)
+                outputs["logits"].append(network.head(features).float())
+                for name, value in taps.items():
+                    outputs[f"taps.{name}"].append(value.float())
+                bar.update(len(inputs))
+            tensors = {name: torch.cat(parts).cpu() for name, parts in outputs.items()}
+            seconds = time.perf_counter() - begin
+            if written is not None:
+                written.result()
+            written = writer.submit(_write_shard, path, tensors, image_set, start, stop, seconds)
+        if written is not None:
+            written.result()
     seconds = 0.0
-    for index in range(len(starts)):
-        with _open_shard(shard_path(directory, index)) as shard:
+    for path, _, _ in shards:
+        with _open_shard(path) as shard:
             seconds += float(shard.metadata()["seconds"])
     record = {
         "set": image_set.name,
         "images": len(image_set),
-        "shards": len(starts),
+        "shards": len(shards),
         "seconds": round(seconds, 3),
         "images_per_second": round(len(image_set) / max(seconds, 1e-9), 1),
         "device": str(device),
@@ -427,21 +495,43 @@ def pass_batch_size(options: FeaturesConfig, device: torch.device | str) -> int:
     return options.batch_size or (32 if torch.device(device).type == "cpu" else 256)
 
 
-def _write_shard(path, network, image_set, transform, start, stop, options, device, bar) -> None:
-    outputs: dict[str, list[Tensor]] = {"features": [], "logits": []}
-    batch_size = pass_batch_size(options, device)
-    begin = time.perf_counter()
-    with torch.inference_mode(), _tapped(network, options.taps) as taps:
-        for batch in image_batches(image_set, transform, start, stop, batch_size, options.workers):
-            inputs = transform.normalise(batch.to(device, non_blocking=True))
-            features = network.features(inputs.contiguous(memory_format=torch.channels_last))
-            outputs["features"].append(features.float().cpu())
-            outputs["logits"].append(network.head(features).float().cpu())
-            for name, value in taps.items():
-                outputs.setdefault(f"taps.{name}", []).append(value.float().cpu())
-            bar.update(len(batch))
-    seconds = time.perf_counter() - begin
-    tensors = {name: torch.cat(parts).contiguous() for name, parts in outputs.items()}
+def _forward(
+    network: Classifier, options: FeaturesConfig, device: torch.device, batch_size: int
+) -> Callable[[Tensor], Tensor]:
+    """The features of a batch, float32, by the arithmetic that the options name."""
+    compiled = torch.compile(network.features) if options.compile else network.features
+    bfloat16 = options.precision == "bfloat16"
+
+    def forward(inputs: Tensor) -> Tensor:
+        # A batch of another size would be compiled anew; there is one at the end of a shard at most.
+        function = compiled if len(inputs) == batch_size else network.features
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            return function(inputs).float()
+
+    return forward
+
+
+def on_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Batches on a device, in order; on CUDA each is copied from pinned memory while the one before is computed with."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            copied = batch.pin_memory().to(device, non_blocking=True)
+        if ahead is not None:
+            yield ahead
+        torch.cuda.current_stream(device).wait_stream(copies)
+        copied.record_stream(torch.cuda.current_stream(device))
+        ahead = copied
+    if ahead is not None:
+        yield ahead
+
+
+def _write_shard(
+    path: Path, tensors: dict[str, Tensor], image_set: ImageSet, start: int, stop: int, seconds: float
+) -> None:
     bad = ~torch.isfinite(tensors["features"]).all(1) | ~torch.isfinite(tensors["logits"]).all(1)
     if bad.any():
         first = start + int(bad.nonzero()[0])

@@ -190,8 +190,8 @@ class ExperimentNetwork:
 
     def _key(self, name: str) -> str:
         run = self.experiment
-        taps = run.config.features.taps
-        return bank_key(self.network, run.image_set(name), run.transform, taps, run.device)[:SHORT]
+        options = run.config.features
+        return bank_key(self.network, run.image_set(name), run.transform, options, run.device)[:SHORT]
 
     def image_bank(self, name: str) -> ImageBank:
         """The bank of an image set with its images and the network, for methods that differentiate by the input."""

@@ -21,6 +21,8 @@ from ood_helpers.features import (
     bank_key,
     class_means,
     extract,
+    float32_products,
+    on_device,
     pass_batch_size,
     resolve_device,
     shard_path,
@@ -158,11 +160,19 @@ def test_the_key_changes_with_everything_the_numbers_depend_on(network):
     keys.add(bank_key(network, image_set(count=20), TRANSFORM))
     keys.add(bank_key(network, image_set(labels=False), TRANSFORM))
     keys.add(bank_key(network, image_set(), Transform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.2))))
-    keys.add(bank_key(network, image_set(), TRANSFORM, taps=("convolution",)))
+    for changed in (
+        {"taps": ("convolution",)},
+        {"precision": "bfloat16"},
+        {"precision": "tf32"},
+        {"compile": True},
+    ):
+        keys.add(bank_key(network, image_set(), TRANSFORM, FeaturesConfig(**changed)))
+    for same in ({}, {"batch_size": 5}, {"shard_size": 5}, {"workers": 1}):
+        keys.add(bank_key(network, image_set(), TRANSFORM, FeaturesConfig(**same)))
     with torch.no_grad():
         network.head.bias[0] += 1
     keys.add(bank_key(network, image_set(), TRANSFORM))
-    assert len(keys) == 7
+    assert len(keys) == 10
 
 
 def test_a_file_under_its_final_name_is_always_complete(network, tmp_path):
@@ -331,3 +341,77 @@ def test_an_unusable_device_is_one_sentence():
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="Device 'cuad' cannot be used"):
         resolve_device("cuad")
+
+
+def test_bfloat16_is_the_network_s_and_not_the_head_s(network, tmp_path):
+    whole = extract(network, image_set(), TRANSFORM, tmp_path / "a", OPTIONS).load()
+    options = OPTIONS.model_copy(update={"precision": "bfloat16"})
+    rounded = extract(network, image_set(), TRANSFORM, tmp_path / "b", options).load()
+    assert rounded.features.dtype == torch.float32
+    assert not torch.equal(rounded.features, whole.features)
+    torch.testing.assert_close(rounded.features, whole.features, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(rounded.logits, network.head(rounded.features).detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_only_batches_of_full_size_go_to_the_compiled_network(network, tmp_path, monkeypatch):
+    sizes = []
+
+    def compiled(function):
+        def run(inputs):
+            sizes.append(len(inputs))
+            return function(inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    options = FeaturesConfig(batch_size=3, shard_size=8, compile=True)
+    bank = extract(network, image_set(), TRANSFORM, tmp_path / "a", options).load()
+    assert sizes == [3, 3] * 2 + [3]  # shards of 8, 8 and 5 images
+    options = options.model_copy(update={"compile": False})
+    assert torch.equal(
+        bank.features, extract(network, image_set(), TRANSFORM, tmp_path / "b", options).load().features
+    )
+    assert len(sizes) == 5
+
+
+def test_the_precision_of_products_is_put_back():
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    with pytest.raises(KeyError), float32_products():
+        assert setting.fp32_precision == "ieee"
+        with float32_products("tf32"):
+            assert setting.fp32_precision == "tf32"
+        assert setting.fp32_precision == "ieee"
+        raise KeyError
+    assert setting.fp32_precision == before
+
+
+def test_nan_in_a_shard_that_is_written_beside_the_next_pass(network, tmp_path):
+    """The error of the first shard arrives although the second is computed meanwhile; nothing wrong is kept."""
+
+    class Broken(Tiny):
+        def feature_map(self, inputs):
+            return super().feature_map(inputs) * (float("nan") if self.images_seen <= 4 else 1)
+
+    broken = Broken()
+    with pytest.raises(InputError, match="for 4 of images 0 to 7"):
+        extract(broken, image_set(), TRANSFORM, tmp_path, OPTIONS)
+    assert not shard_path(tmp_path, 0).exists() and not (tmp_path / "bank.json").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_arrive_on_the_gpu_in_order():
+    batches = [torch.full((4, 3, 64, 64), i, dtype=torch.uint8) for i in range(20)]
+    for i, batch in enumerate(on_device(batches, torch.device("cuda"))):
+        assert batch.is_cuda and batch.eq(i).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("tf32", 1e-2), ("bfloat16", 5e-2)])
+def test_a_bank_made_on_the_gpu(network, tmp_path, precision, tolerance):
+    expected = extract(network, image_set(), TRANSFORM, tmp_path / "a", OPTIONS).load()
+    options = OPTIONS.model_copy(update={"precision": precision})
+    found = extract(network, image_set(), TRANSFORM, tmp_path / "b", options, "cuda").load()
+    torch.testing.assert_close(found.features, expected.features, rtol=tolerance, atol=tolerance)

@@ -1,6 +1,6 @@
 """From image to network input: geometry on PIL images, normalisation on batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -125,24 +125,28 @@ def image_batches(
         raise InputError(
             f"Images {start} to {stop} were asked of {image_set.name}, which has {len(image_set)}."
         )
-    if start == stop:
-        return
+    spans = [(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size)]
+    yield from spanned_batches(image_set, transform, spans, workers)
+
+
+def spanned_batches(
+    image_set: ImageSet, transform: Transform, spans: Sequence[tuple[int, int]], workers: int = 0
+) -> Iterator[torch.Tensor]:
+    """Like `image_batches`, for batches of items first, ..., stop - 1 for each (first, stop) of `spans`."""
     array = image_set.array
     if array is not None and transform.keeps(*array.shape[1:3]):
-        for first in range(start, stop, batch_size):
-            batch = array[first : min(first + batch_size, stop)]
-            yield torch.from_numpy(np.array(batch.transpose(0, 3, 1, 2), order="C"))
+        for first, stop in spans:
+            yield torch.from_numpy(np.array(array[first:stop].transpose(0, 3, 1, 2), order="C"))
         return
 
     shape = None
-    if array is None and not transform.fixes_size():
+    if spans and array is None and not transform.fixes_size():
         # The first image of the whole set, so that calls for different parts agree.
         shape = transform.geometry(image_set.image(0)).shape
     loader = DataLoader(
         _Pictures(image_set, transform),
-        batch_size=batch_size,
-        sampler=range(start, stop),
-        num_workers=0 if array is not None else min(workers, -(-(stop - start) // batch_size)),
+        batch_sampler=[range(*span) for span in spans],
+        num_workers=0 if array is not None else min(workers, len(spans)),
         collate_fn=_collate,
     )
     for batch in loader:

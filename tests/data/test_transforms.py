@@ -10,7 +10,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from ood_helpers.config import FolderImages
-from ood_helpers.data import ImageSet, Transform, image_batches, open_image_set
+from ood_helpers.data import ImageSet, Transform, image_batches, open_image_set, spanned_batches
 from ood_helpers.errors import InputError
 
 STATISTICS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
@@ -148,3 +148,19 @@ def test_bounds():
     assert list(image_batches(images, Transform(**STATISTICS), 3, 3, 2)) == []
     with pytest.raises(InputError, match="which has 3"):
         list(image_batches(images, Transform(**STATISTICS), 0, 4, 2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_spans_say_which_items_make_a_batch(tmp_path, workers):
+    array = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((1, 6, 6, 3), np.uint8)
+    for i, image in enumerate(array):
+        Image.fromarray(image).save(tmp_path / f"{i:02}.png")
+    files = sorted(path.name for path in tmp_path.glob("*.png"))
+    spans = [(0, 3), (3, 4), (9, 12)]
+    for images in (
+        ImageSet("array", "memory", array=array),
+        ImageSet("files", "disk", root=tmp_path, files=files),
+    ):
+        for transform in (Transform(**STATISTICS), Transform(crop=4, **STATISTICS)):
+            batches = list(spanned_batches(images, transform, spans, workers))
+            assert [batch[:, 0, 0, 0].tolist() for batch in batches] == [[0, 1, 2], [3], [9, 10, 11]]
