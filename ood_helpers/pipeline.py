@@ -744,7 +744,7 @@ class Experiment:
         if detector.needs_validation and "validation" in self.id_names:
             validation_bank = network.image_bank("validation")
         train_bank = network.bank(detector.fit_set) if train_bank is None else train_bank
-        shard = next(network.bank("test").shards())
+        shard, detector.device = next(network.bank("test").shards()), self.device
         begin = time.perf_counter()
         detector.fit(train_bank, network.head, validation_bank)
         if not detector.needs_images:
@@ -1306,8 +1306,8 @@ def _learns(detector: Detector) -> bool:
 
 def _code_of(detector_class: type[Detector]) -> str:
     """SHA-256 over the code a score depends on, so that changed code is run again: the detector's module, those of
-    this package's detectors and groups that it imports, and the reading of banks."""
-    package, found = ("ood_helpers.detectors.", "ood_helpers.groups"), {}
+    this package's detectors, kernels and groups that it imports, and the reading of banks."""
+    package, found = ("ood_helpers.detectors.", "ood_helpers.kernels.", "ood_helpers.groups"), {}
     waiting = [sys.modules[detector_class.__module__]]
     while waiting:
         module = waiting.pop()

@@ -1,4 +1,4 @@
-"""What the tests share: the processor, where several processes run them, and the place of the real data."""
+"""What the tests share: the processor, where several processes run them, Triton without a GPU, and the place of the real data."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,11 @@ from ood_helpers.config import PROJECT_ROOT  # does not import torch
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if workers > 1:  # before torch is imported, and for the processes that tests start
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+
+import torch  # noqa: E402 - reads OMP_NUM_THREADS
+
+if not torch.cuda.is_available():  # Triton's kernels run in its interpreter, which is chosen when they are imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

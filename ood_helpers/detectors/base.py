@@ -26,18 +26,22 @@ class Detector:
 
     Nothing that depends on a hyper-parameter outlives a change of it: set a field after `fit` and the next
     score uses it. Scores are float64, on the device of the bank that is scored: features and logits come to `_score`
-    as float64, so that rounding ties no samples.
+    as float64, so that rounding ties no samples. With `float32_on_cuda` a float32 bank on CUDA comes as it is, for the
+    kernels, and its scores agree with those of the CPU to float32 rounding.
 
     What a method needs beyond banks and heads it says by `needs_images`, `needs_validation`, `fit_set` and
     `group_softmax`. `network` names the network of an experiment whose banks it is given, empty for the backbone.
+    `device` is where scores are computed, None = where the bank is.
     """
 
     title: ClassVar[str] = "Detector"
     source: ClassVar[str] = ""
     group_softmax: ClassVar[bool] = False  # whether the head has a softmax for each group of classes
+    float32_on_cuda: ClassVar[bool] = False  # whether scoring goes through a kernel of ood_helpers.kernels
 
     def __post_init__(self) -> None:
         self.label, self.tuned_on, self.network = self.title, "", ""
+        self.device: torch.device | None = None
         self._check()
 
     @property
@@ -107,7 +111,8 @@ class Detector:
             self._check_sizes(shard, head)
         self.head_, self.validation_bank_ = head, validation_bank
         self._cache: dict[Hashable, Any] = {}
-        self._fit(train_bank)
+        with banks.float32_products():
+            self._fit(train_bank)
         return self
 
     def score_samples(self, bank: Bank) -> Tensor:
@@ -230,9 +235,13 @@ class Detector:
             self._check_sizes(shard, self.head_)
             self._check_finite(shard.features, "features", start)
             self._check_finite(shard.logits, "logits", start)
-            outputs.append(
-                function(replace(shard, features=shard.features.double(), logits=shard.logits.double()))
-            )
+            home = shard.features.device
+            if self.device is not None and not self.needs_images:
+                shard = shard.to(self.device)
+            if not (self.float32_on_cuda and shard.features.is_cuda):
+                shard = replace(shard, features=shard.features.double(), logits=shard.logits.double())
+            with banks.float32_products():
+                outputs.append(function(shard).double().to(home))
             self._check_finite(outputs[-1], what, start)
             start += len(shard)
         if not outputs:

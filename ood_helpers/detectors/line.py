@@ -1,17 +1,18 @@
 """LINe: leveraging important neurons."""
 
 from dataclasses import dataclass
+from functools import partial
 from math import inf
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ood_helpers.detectors.base import Detector
-from ood_helpers.detectors.energy import energy_score
 from ood_helpers.detectors.percentile import order_statistics, percentile
 from ood_helpers.errors import InputError
-from ood_helpers.features import Bank, FeatureBank, Head
+from ood_helpers.features import Bank, FeatureBank
+from ood_helpers.kernels.line_head import line_head
 
 
 @dataclass
@@ -48,6 +49,7 @@ class LINe(Detector):
 
     title: ClassVar[str] = "LINe"
     source: ClassVar[str] = "Ahn, Park and Kim, CVPR 2023, arXiv 2303.13995"
+    float32_on_cuda: ClassVar[bool] = True
 
     def _check(self) -> None:
         self._check_number("delta", 0, inf, optional=True, open_low=True)
@@ -105,7 +107,7 @@ class LINe(Detector):
 
     def pruned_logits(self, bank: Bank) -> Tensor:
         """z' [N, C], the logits the score is made of; raises like `score_samples`."""
-        return self._over_shards(bank, self._pruned_logits, "pruned logits")
+        return self._over_shards(bank, partial(self._through_head, output="logits"), "pruned logits")
 
     def _weight_floors(self, weight: Tensor) -> Tensor:
         """For each predicted class the value that a kept |A[k]| * W exceeds: [C], in the head's dtype as used."""
@@ -118,55 +120,16 @@ class LINe(Detector):
 
         return self._cached((self.weight_percentile, weight.dtype, weight.device), compute)
 
-    def _pruned_logits(self, shard: FeatureBank) -> Tensor:
+    def _through_head(self, shard: FeatureBank, output: Literal["energy", "logits"]) -> Tensor:
         head = self.head_.to(shard.features)
-        clipped = shard.features if self.delta is None else shard.features.clamp(max=self.delta)
-        importance = self.contributions_.to(head.weight).abs()
-        activation_mask = weight_floors = None
+        feature_mask = weight_floors = None
         if self.activation_percentile is not None:
-            activation_mask = self.activation_mask().to(head.weight.device)
+            feature_mask = self.activation_mask().to(head.weight.device)
         if self.weight_percentile is not None:
             weight_floors = self._weight_floors(head.weight)
-        return line_logits(clipped, head, importance, activation_mask, weight_floors)
+        importance = self.contributions_.to(head.weight).abs()
+        tables = head.weight, head.bias, importance, feature_mask, weight_floors
+        return line_head(shard.features, *tables, self.delta, output=output)
 
     def _score(self, shard: FeatureBank) -> Tensor:
-        return energy_score(self._pruned_logits(shard))
-
-
-def line_logits(
-    features: Tensor,
-    head: Head,
-    importance: Tensor,
-    activation_mask: Tensor | None,
-    weight_floors: Tensor | None,
-) -> Tensor:
-    """Steps 3, 5 and 6 of LINe: logits [N, C] through the head as pruned for each sample's predicted class.
-
-    Parameters
-    ----------
-    features : [N, D], clipped
-    head : weight [C, D], bias [C]
-    importance : |A| [C, D]
-    activation_mask : bool [C, D], row k for samples predicted as k; None = keep every feature
-    weight_floors : [C]; for class k weight (c, d) is kept where importance[k, d] * weight[c, d] exceeds
-        weight_floors[k]; None = keep every weight
-    """
-    full_logits = head.logits(features)
-    if activation_mask is None and weight_floors is None:
-        return full_logits
-    predicted = full_logits.argmax(dim=1)
-    order = predicted.argsort()
-    grouped = features[order]
-    weight = head.weight.T.contiguous()
-    logits = torch.empty_like(full_logits)
-    start = 0
-    for k, count in enumerate(predicted.bincount().tolist()):
-        if count:
-            kept = slice(None) if activation_mask is None else activation_mask[k].nonzero().flatten()
-            kept_weight = weight[kept]
-            if weight_floors is not None:
-                kept_weight = kept_weight * (importance[k, kept, None] * kept_weight > weight_floors[k])
-            rows = slice(start, start + count)
-            logits[order[rows]] = grouped[rows][:, kept] @ kept_weight + head.bias
-            start += count
-    return logits
+        return self._through_head(shard, "energy")

@@ -375,6 +375,37 @@ def test_a_sample_alone_scores_as_in_company():
         assert_allclose(alone, detector.score_samples(bank), atol=1e-12)
 
 
+def test_a_detector_computes_on_its_device_and_gives_scores_back():
+    """The device without memory stands in for a GPU."""
+    found = []
+
+    class Looks(Energy):
+        def _score(self, shard):
+            found.append((shard.features.device.type, shard.logits.device.type, shard.features.dtype))
+            return torch.zeros(len(shard))
+
+    train, head, bank = random_problem(3, 5, 4)
+    detector = Looks().fit(train, head)
+    detector.device = torch.device("meta")
+    scores = detector.score_samples(cast(bank, torch.float32))
+    assert found == [("meta", "meta", torch.float64)]
+    assert scores.device.type == "cpu" and scores.dtype == torch.float64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_detector
+def test_a_bank_in_memory_is_scored_on_the_gpu(name):
+    train, head, bank = random_problem(10, 342, 200)
+    train, head, bank = cast(train, torch.float32), head.to(torch.float32), cast(bank, torch.float32)
+    detector = make(name).fit(train, head)
+    expected = detector.score_samples(bank)
+    detector.device = torch.device("cuda")
+    found = detector.score_samples(bank)
+    assert not found.is_cuda
+    assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

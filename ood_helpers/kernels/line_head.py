@@ -1,0 +1,257 @@
+"""LINe's head: logits, or their energy, through the weights that matter for each sample's predicted class.
+
+    g = min(f, clip)
+    k = argmax_c (g W^T + b)
+    z_c = b_c + sum over d of g_d M[k, d] W[c, d] [ |A[k, d]| W[c, d] > t_k ]
+    S = logsumexp_c z_c
+
+f [N, D] features; W [C, D], b [C] head; |A| [C, D] importance of the features for each class; M [C, D] the features that
+each class keeps; t [C] the floors of the products. Samples are grouped by predicted class, and the masked weights of a
+class exist only while they are multiplied: there is no [C, C, D] table.
+
+Source: Ahn, Park and Kim, "LINe: Out-of-Distribution Detection by Leveraging Important Neurons", CVPR 2023,
+arXiv 2303.13995, section 3.
+"""
+
+from math import inf
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ood_helpers.kernels.launch import (
+    OPTIONS,
+    ceil_div,
+    check_precision,
+    jit,
+    log_sum_exp,
+    power_of_two,
+    runs_on_triton,
+    tl,
+)
+
+CHUNK = 4096  # samples whose features and logits are copied at once
+BLOCK_C = 128
+BLOCK_D = 32
+
+
+@jit
+def _line_head_kernel(
+    features,
+    weight,
+    bias,
+    importance,
+    feature_mask,
+    weight_floors,
+    order,
+    tile_class,
+    tile_start,
+    tile_stop,
+    out,
+    num_classes,
+    feature_dim,
+    features_n,
+    features_d,
+    out_n,
+    clip,
+    MASKED_FEATURES: tl.constexpr,
+    MASKED_WEIGHTS: tl.constexpr,
+    ENERGY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile: up to BLOCK_N samples of one predicted class times BLOCK_C of the logits."""
+    tile, block = tl.program_id(0), tl.program_id(1)
+    k = tl.load(tile_class + tile).to(tl.int64)
+    start, stop = tl.load(tile_start + tile), tl.load(tile_stop + tile)
+    if start < stop:
+        places = start + tl.arange(0, BLOCK_N)
+        present = places < stop
+        rows = tl.load(order + places, mask=present, other=0)
+        classes = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        in_head = classes < num_classes
+        offset = classes.to(tl.int64) * feature_dim
+        floor = tl.load(weight_floors + k)
+        z = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+        for first in range(0, feature_dim, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D)
+            inside = d < feature_dim
+            g = tl.load(
+                features + rows[:, None] * features_n + d[None, :] * features_d,
+                mask=present[:, None] & inside[None, :],
+                other=0.0,
+            )
+            g = tl.where(g > clip, clip, g)
+            if MASKED_FEATURES:
+                kept = tl.load(feature_mask + k * feature_dim + d, mask=inside, other=0)
+                g = tl.where(kept[None, :] != 0, g, 0.0)
+            w = tl.load(
+                weight + offset[:, None] + d[None, :], mask=in_head[:, None] & inside[None, :], other=0.0
+            )
+            if MASKED_WEIGHTS:
+                a = tl.load(importance + k * feature_dim + d, mask=inside, other=0.0)
+                w = tl.where(a[None, :] * w > floor, w, 0.0)
+            z = tl.dot(g, tl.trans(w), z, input_precision=PRECISION)
+        z += tl.load(bias + classes, mask=in_head, other=0.0)[None, :]
+        if ENERGY:
+            z = tl.where(in_head[None, :], z, float("-inf"))
+            tl.store(out + rows * out_n + block, log_sum_exp(z), mask=present)
+        else:
+            tl.store(
+                out + rows[:, None] * out_n + classes[None, :],
+                z,
+                mask=present[:, None] & in_head[None, :],
+            )
+
+
+def launch(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    importance: Tensor | None,
+    feature_mask: Tensor | None,
+    weight_floors: Tensor | None,
+    clip: float | None,
+    output: Literal["energy", "logits"],
+    precision: str,
+) -> Tensor:
+    """The Triton kernel, arguments as for `line_head`. Beside the output: the head's tables, N integers twice, N C / 128
+    partial energies, and the prediction's chunks."""
+    (n, feature_dim), num_classes = features.shape, len(weight)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    predicted = _predict(features, weight, bias, clip)
+    # A tile holds samples of one class; with about 50 a class a larger one would stay half empty.
+    block_n = min(64, max(16, power_of_two(ceil_div(n, num_classes))))
+    counts = predicted.bincount(minlength=num_classes)
+    tiles_until = ((counts + block_n - 1) // block_n).cumsum(0)
+    # An upper bound of the number of tiles, so that no count has to come back from the GPU; the rest are empty.
+    tile = torch.arange(ceil_div(n, block_n) + min(n, num_classes), device=features.device)
+    tile_class = torch.searchsorted(tiles_until, tile, right=True).clamp(max=num_classes - 1)
+    first_tile = tiles_until - (counts + block_n - 1) // block_n
+    samples_until = counts.cumsum(0)
+    tile_start = (samples_until - counts)[tile_class] + (tile - first_tile[tile_class]) * block_n
+    tile_stop = torch.minimum(tile_start + block_n, samples_until[tile_class])
+    blocks = ceil_div(num_classes, BLOCK_C)
+    out = features.new_empty(n, blocks if output == "energy" else num_classes)
+    unused = weight  # a pointer that is not read
+    if not n:
+        return out.sum(dim=1) if output == "energy" else out
+    _line_head_kernel[(len(tile), blocks)](
+        features,
+        weight,
+        bias,
+        unused if importance is None else importance.contiguous(),
+        unused if feature_mask is None else feature_mask.contiguous().view(torch.uint8),
+        features.new_zeros(num_classes) if weight_floors is None else weight_floors.contiguous(),
+        predicted.argsort(stable=True),
+        tile_class,
+        tile_start,
+        tile_stop,
+        out,
+        num_classes,
+        feature_dim,
+        *features.stride(),
+        out.stride(0),
+        inf if clip is None else float(clip),
+        MASKED_FEATURES=feature_mask is not None,
+        MASKED_WEIGHTS=weight_floors is not None,
+        ENERGY=output == "energy",
+        PRECISION=precision,
+        BLOCK_N=block_n,
+        BLOCK_C=max(16, min(BLOCK_C, power_of_two(num_classes))),
+        BLOCK_D=BLOCK_D,
+        num_warps=4,
+        num_stages=3,
+        **OPTIONS,
+    )
+    return out.logsumexp(dim=1) if output == "energy" else out
+
+
+def reference(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    importance: Tensor | None,
+    feature_mask: Tensor | None,
+    weight_floors: Tensor | None,
+    clip: float | None,
+    output: Literal["energy", "logits"],
+) -> Tensor:
+    """The same in plain torch, on any device and in any dtype; arguments as for `line_head`.
+
+    One masked matrix product for each class that is predicted. Memory beside the output, in numbers: 3 C D for the head
+    and the masked weights of one class, CHUNK (D + C) for samples, 2 N for their order.
+    """
+    predicted = _predict(features, weight, bias, clip)
+    order = predicted.argsort(stable=True)
+    by_feature = weight.T.contiguous()
+    kept_buffer, masked_buffer = torch.empty_like(by_feature), torch.empty_like(by_feature)
+    out = features.new_empty(len(features) if output == "energy" else (len(features), len(weight)))
+    start = 0
+    for k, count in enumerate(predicted.bincount().tolist()):
+        if not count:
+            continue
+        kept, masked = None, by_feature
+        if feature_mask is not None:
+            kept = feature_mask[k].nonzero().flatten()
+            masked = torch.index_select(by_feature, 0, kept, out=kept_buffer[: len(kept)])
+        if weight_floors is not None:
+            of_class = importance[k] if kept is None else importance[k, kept]
+            # In place in the weights' dtype: comparing into booleans and multiplying by them takes three times as long.
+            keep = torch.mul(masked, of_class[:, None], out=masked_buffer[: len(masked)])
+            masked = keep.gt_(weight_floors[k]).mul_(masked)
+        for rows in order[start : start + count].split(CHUNK):
+            g = _clipped(features[rows] if kept is None else features[rows[:, None], kept], clip)
+            logits = torch.addmm(bias, g, masked)
+            out[rows] = logits.logsumexp(dim=1) if output == "energy" else logits
+        start += count
+    return out
+
+
+def line_head(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    importance: Tensor | None = None,
+    feature_mask: Tensor | None = None,
+    weight_floors: Tensor | None = None,
+    clip: float | None = None,
+    *,
+    output: Literal["energy", "logits"] = "energy",
+    precision: str = "ieee",
+) -> Tensor:
+    """S [N], or z [N, C], of samples through the head as masked for the class that each is predicted as.
+
+    Parameters
+    ----------
+    features : f [N, D], of any strides, not yet clipped
+    weight, bias : W [C, D], b [C]
+    importance : |A| [C, D], at least 0; needed with weight_floors
+    feature_mask : M bool [C, D], row k for samples predicted as k; None = keep every feature
+    weight_floors : t [C]; None = keep every weight
+    clip : above 0; None = no clipping
+    output : "energy" or "logits"
+    precision : of the masked product in Triton, "ieee" or "tf32"; the class is always predicted in full float32
+
+    Raises
+    ------
+    InputError : unknown precision
+    """
+    check_precision(precision)
+    arguments = features, weight, bias, importance, feature_mask, weight_floors, clip, output
+    return launch(*arguments, precision) if runs_on_triton(features) else reference(*arguments)
+
+
+def _clipped(features: Tensor, clip: float | None) -> Tensor:
+    return features if clip is None else features.clamp(max=clip)
+
+
+def _predict(features: Tensor, weight: Tensor, bias: Tensor, clip: float | None) -> Tensor:
+    """k [N] int64: the class with the largest logit of the clipped features, through the whole head."""
+    if not len(features):
+        return torch.empty(0, dtype=torch.int64, device=features.device)
+    return torch.cat(
+        [torch.addmm(bias, _clipped(chunk, clip), weight.T).argmax(dim=1) for chunk in features.split(CHUNK)]
+    )
