@@ -178,6 +178,7 @@ class DFB(_WithBackground):
         """
         self._check_fitted()
         host = self.make_host()
+        host.device = self.device
         if host.fit_set != self._fitted_on:
             raise InputError(
                 f"{self.title}: found a host that learns from the {host.fit_set} set after a fit to the {self._fitted_on} "

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ood_helpers.detectors.base import Detector
-from ood_helpers.detectors.energy import energy_score
 from ood_helpers.detectors.percentile import order_statistics
 from ood_helpers.features import Bank, FeatureBank
+from ood_helpers.kernels.shaped_energy import shaped_energy
 
 
 @dataclass
@@ -33,6 +33,7 @@ class DICE(Detector):
 
     title: ClassVar[str] = "DICE"
     source: ClassVar[str] = "Sun and Li, ECCV 2022, arXiv 2111.09805"
+    float32_on_cuda: ClassVar[bool] = True
 
     def _check(self) -> None:
         self._check_number("percentile", 0, 100)
@@ -60,9 +61,9 @@ class DICE(Detector):
     def _score(self, shard: FeatureBank) -> Tensor:
         return self._sparse_energy(shard.features)
 
-    def _sparse_energy(self, features: Tensor) -> Tensor:
+    def _sparse_energy(self, features: Tensor, clip: float | None = None) -> Tensor:
         head = self.head_.to(features)
-        return energy_score(features @ (head.weight * self.mask().to(head.weight)).T + head.bias)
+        return shaped_energy(features, head.weight * self.mask().to(head.weight), head.bias, clip=clip)
 
 
 @dataclass
@@ -86,4 +87,4 @@ class DICEReAct(DICE):
         self._check_number("clip", 0, inf, open_low=True)
 
     def _score(self, shard: FeatureBank) -> Tensor:
-        return self._sparse_energy(shard.features.clamp(max=self.clip))
+        return self._sparse_energy(shard.features, self.clip)

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ood_helpers.detectors.base import Detector
-from ood_helpers.detectors.energy import energy_score
 from ood_helpers.detectors.percentile import order_statistics
 from ood_helpers.features import Bank, FeatureBank
+from ood_helpers.kernels.prototype_cosine import prototype_cosine
+from ood_helpers.kernels.shaped_energy import shaped_energy, shaped_features
 
 
 @dataclass
@@ -38,7 +38,8 @@ class HIMPLoS(Detector):
     -------
     prototypes_ : mu [C, D] float64
 
-    Memory: two arrays [n, D] beside the n samples of a shard.
+    Memory of a score: what the kernels `prototype_cosine` and `shaped_energy` say. The logits of a shard of n samples
+    take two arrays [n, D] and two [n, C].
     """
 
     percentile: float = 60.0
@@ -51,6 +52,7 @@ class HIMPLoS(Detector):
     source: ClassVar[str] = (
         "Head-Informed feature Masking and Prototype-based Logit Smoothing, arXiv 2310.18104"
     )
+    float32_on_cuda: ClassVar[bool] = True
 
     def _check(self) -> None:
         self._check_number("percentile", 0, 100)
@@ -88,22 +90,33 @@ class HIMPLoS(Detector):
         """z' [N, C], the logits the score is made of (z with smoothing off); raises like `score_samples`."""
         return self._over_shards(bank, self._smoothed_logits, "smoothed logits")
 
-    def _masked_logits(self, shard: FeatureBank) -> Tensor:
-        features = shard.features
+    def _shaping(self, shard: FeatureBank) -> dict[str, Any]:
+        """Steps 1 to 3 as arguments of the kernel."""
+        shaping: dict[str, Any] = {"clip": self.clip}
         if self.masking:
-            features = features * self.mask().to(features.device)[shard.logits.argmax(dim=1)]
-        if self.clip is not None:
-            features = features.clamp(max=self.clip)
+            shaping["class_mask"] = self.mask().to(shard.features.device)
+            shaping["predicted"] = shard.logits.argmax(dim=1)
+        return shaping
+
+    def _masked_logits(self, shard: FeatureBank) -> Tensor:
+        features = shaped_features(shard.features, **self._shaping(shard))
         return self.head_.to(features).logits(features)
 
     def _prototype_cosines(self, shard: FeatureBank) -> Tensor:
-        unit_prototypes = normalize(self.prototypes_, dim=1, eps=1e-8).to(shard.features)
-        projections = torch.einsum("nd,nd->n", shard.features, unit_prototypes[shard.logits.argmax(dim=1)])
-        return projections / shard.features.norm(dim=1).clamp(min=1e-8)
+        prototypes = self.prototypes_.to(shard.features)
+        return prototype_cosine(shard.features, prototypes, shard.logits.argmax(dim=1))
 
     def _smoothed_logits(self, shard: FeatureBank) -> Tensor:
         logits = self._masked_logits(shard)
         return logits * self._prototype_cosines(shard)[:, None] if self.smoothing else logits
 
     def _score(self, shard: FeatureBank) -> Tensor:
-        return energy_score(self._smoothed_logits(shard), self.temperature)
+        head = self.head_.to(shard.features)
+        return shaped_energy(
+            shard.features,
+            head.weight,
+            head.bias,
+            **self._shaping(shard),
+            scale=self._prototype_cosines(shard) if self.smoothing else None,
+            temperature=self.temperature,
+        )

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from ood_helpers.detectors.base import Detector
-from ood_helpers.detectors.energy import energy_score
 from ood_helpers.errors import InputError
 from ood_helpers.features import Bank, FeatureBank, activation_percentile
+from ood_helpers.kernels.shaped_energy import shaped_energy
 
 
 @dataclass
@@ -30,6 +30,7 @@ class ReAct(Detector):
 
     title: ClassVar[str] = "ReAct"
     source: ClassVar[str] = "Sun, Guo and Li, NeurIPS 2021, arXiv 2111.12797"
+    float32_on_cuda: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.percentile is None and self.clip is None:
@@ -73,5 +74,5 @@ class ReAct(Detector):
         return {"clip": self.clip_value()}
 
     def _score(self, shard: FeatureBank) -> Tensor:
-        clipped = shard.features.clamp(max=self.clip_value())
-        return energy_score(self.head_.to(clipped).logits(clipped))
+        head = self.head_.to(shard.features)
+        return shaped_energy(shard.features, head.weight, head.bias, clip=self.clip_value())

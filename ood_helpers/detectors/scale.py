@@ -5,10 +5,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ood_helpers.detectors.ash import energy_gain, largest_entries
+from ood_helpers.detectors.ash import energy_gain, kept_count
 from ood_helpers.detectors.base import Detector
-from ood_helpers.detectors.energy import energy_score
 from ood_helpers.features import FeatureBank
+from ood_helpers.kernels.largest_entries import largest_entries
+from ood_helpers.kernels.shaped_energy import shaped_energy
 
 
 @dataclass
@@ -27,11 +28,12 @@ class Scale(Detector):
 
     title: ClassVar[str] = "SCALE"
     source: ClassVar[str] = "Xu et al., ICLR 2024, arXiv 2310.00227"
+    float32_on_cuda: ClassVar[bool] = True
 
     def _check(self) -> None:
         self._check_number("percentile", 0, 100)
 
     def _score(self, shard: FeatureBank) -> Tensor:
-        kept, _ = largest_entries(shard.features, self.percentile)
-        scaled = shard.features * energy_gain(shard.features, kept)
-        return energy_score(self.head_.to(scaled).logits(scaled))
+        features, head = shard.features, self.head_.to(shard.features)
+        entries = largest_entries(features, kept_count(features.shape[1], self.percentile))
+        return shaped_energy(features, head.weight, head.bias, gain=energy_gain(entries))

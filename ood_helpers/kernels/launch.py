@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ood_helpers.errors import InputError, nearest
 
@@ -33,6 +34,16 @@ def check_precision(precision: str) -> None:
     """Raise InputError unless `precision` is "ieee" (float32 as it is) or "tf32" (10 bits of mantissa in products)."""
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; {nearest(str(precision), PRECISIONS)}")
+
+
+def weights_by_feature(weight: Tensor, columns: int, precision: str) -> Tensor:
+    """A head's weights [C, D] as [D, columns], zeros behind the last class, laid out for a product of that precision.
+
+    Plain products take weights from shared memory by class, where they have to lie side by side to be read without waiting
+    for each other; tensor cores take tf32 by feature.
+    """
+    by_feature = pad(weight, (0, 0, 0, columns - len(weight))).T
+    return by_feature.contiguous() if precision == "ieee" else by_feature
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -28,6 +28,7 @@ from ood_helpers.kernels.launch import (
     power_of_two,
     runs_on_triton,
     tl,
+    weights_by_feature,
 )
 
 CHUNK = 4096  # samples whose features and logits are copied at once
@@ -52,6 +53,8 @@ def _line_head_kernel(
     feature_dim,
     features_n,
     features_d,
+    weight_d,
+    weight_c,
     out_n,
     clip,
     MASKED_FEATURES: tl.constexpr,
@@ -72,14 +75,13 @@ def _line_head_kernel(
         rows = tl.load(order + places, mask=present, other=0)
         classes = block * BLOCK_C + tl.arange(0, BLOCK_C)
         in_head = classes < num_classes
-        offset = classes.to(tl.int64) * feature_dim
         floor = tl.load(weight_floors + k)
         z = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
         for first in range(0, feature_dim, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
             inside = d < feature_dim
             g = tl.load(
-                features + rows[:, None] * features_n + d[None, :] * features_d,
+                features + rows[:, None] * features_n + d.to(tl.int64)[None, :] * features_d,
                 mask=present[:, None] & inside[None, :],
                 other=0.0,
             )
@@ -88,12 +90,12 @@ def _line_head_kernel(
                 kept = tl.load(feature_mask + k * feature_dim + d, mask=inside, other=0)
                 g = tl.where(kept[None, :] != 0, g, 0.0)
             w = tl.load(
-                weight + offset[:, None] + d[None, :], mask=in_head[:, None] & inside[None, :], other=0.0
+                weight + d[:, None] * weight_d + classes[None, :] * weight_c, mask=inside[:, None], other=0.0
             )
             if MASKED_WEIGHTS:
                 a = tl.load(importance + k * feature_dim + d, mask=inside, other=0.0)
-                w = tl.where(a[None, :] * w > floor, w, 0.0)
-            z = tl.dot(g, tl.trans(w), z, input_precision=PRECISION)
+                w = tl.where(a[:, None] * w > floor, w, 0.0)
+            z = tl.dot(g, w, z, input_precision=PRECISION)
         z += tl.load(bias + classes, mask=in_head, other=0.0)[None, :]
         if ENERGY:
             z = tl.where(in_head[None, :], z, float("-inf"))
@@ -117,10 +119,9 @@ def launch(
     output: Literal["energy", "logits"],
     precision: str,
 ) -> Tensor:
-    """The Triton kernel, arguments as for `line_head`. Beside the output: the head's tables, N integers twice, N C / 128
-    partial energies, and the prediction's chunks."""
+    """The Triton kernel, arguments as for `line_head`. Memory beside the output, in numbers: 2 C D for the head, CHUNK
+    (D + C) for the prediction, 4 N for the order, N C / 128 for partial energies."""
     (n, feature_dim), num_classes = features.shape, len(weight)
-    weight, bias = weight.contiguous(), bias.contiguous()
     predicted = _predict(features, weight, bias, clip)
     # A tile holds samples of one class; with about 50 a class a larger one would stay half empty.
     block_n = min(64, max(16, power_of_two(ceil_div(n, num_classes))))
@@ -133,15 +134,17 @@ def launch(
     samples_until = counts.cumsum(0)
     tile_start = (samples_until - counts)[tile_class] + (tile - first_tile[tile_class]) * block_n
     tile_stop = torch.minimum(tile_start + block_n, samples_until[tile_class])
-    blocks = ceil_div(num_classes, BLOCK_C)
+    block_c = max(16, min(BLOCK_C, power_of_two(num_classes)))
+    blocks = ceil_div(num_classes, block_c)
+    by_feature = weights_by_feature(weight, blocks * block_c, precision)
     out = features.new_empty(n, blocks if output == "energy" else num_classes)
     unused = weight  # a pointer that is not read
     if not n:
         return out.sum(dim=1) if output == "energy" else out
     _line_head_kernel[(len(tile), blocks)](
         features,
-        weight,
-        bias,
+        by_feature,
+        bias.contiguous(),
         unused if importance is None else importance.contiguous(),
         unused if feature_mask is None else feature_mask.contiguous().view(torch.uint8),
         features.new_zeros(num_classes) if weight_floors is None else weight_floors.contiguous(),
@@ -153,6 +156,7 @@ def launch(
         num_classes,
         feature_dim,
         *features.stride(),
+        *by_feature.stride(),
         out.stride(0),
         inf if clip is None else float(clip),
         MASKED_FEATURES=feature_mask is not None,
@@ -160,7 +164,7 @@ def launch(
         ENERGY=output == "energy",
         PRECISION=precision,
         BLOCK_N=block_n,
-        BLOCK_C=max(16, min(BLOCK_C, power_of_two(num_classes))),
+        BLOCK_C=block_c,
         BLOCK_D=BLOCK_D,
         num_warps=4,
         num_stages=3,

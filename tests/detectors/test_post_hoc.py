@@ -25,10 +25,11 @@ from ood_helpers.detectors import (
     create_all,
 )
 from ood_helpers.detectors import knn as knn_module
-from ood_helpers.detectors.ash import largest_entries
+from ood_helpers.detectors.ash import kept_count
 from ood_helpers.detectors.kl_matching import kl_matching_score
 from ood_helpers.errors import InputError
 from ood_helpers.features import FeatureBank, Head
+from ood_helpers.kernels.largest_entries import largest_entries
 
 VECTORS = {
     "ASH-P": (ASH(variant="p", percentile=50), [2.065090, 1.702140, 2.164326, 1.839056]),
@@ -266,9 +267,8 @@ def test_scale_has_the_factor_of_ash_s_on_every_entry():
 )
 def test_number_of_entries_kept(size, percentile, count):
     features = torch.rand(3, size, generator=torch.Generator().manual_seed(0))
-    kept, where = largest_entries(features, percentile)
-    assert kept.shape == where.shape == (3, count)
-    assert_array_equal(features.gather(1, where), kept)
+    assert kept_count(size, percentile) == count
+    kept = features[largest_entries(features, count).mask(features)].reshape(3, count)
     assert_array_equal(kept.sort(1).values, features.sort(1).values[:, size - count :])
 
 

@@ -1,0 +1,181 @@
+"""The largest entries of each feature: where they begin, and how much of the feature's sum they hold, for ASH and SCALE.
+
+    t_n = the count-th largest of f_n1 .. f_nD
+    l_n = the place of the last f_nd = t_n that is kept, so that exactly count entries are:
+          those above t_n, and of those equal to it the ones up to l_n
+    s1_n = sum over d of f_nd,   s2_n = the same over the kept entries
+
+f [N, D] features, which may be negative; -0.0 is 0.0. There is no sorting: floats are in the order of the whole numbers that
+their bits make (those of negative ones reversed), so a search for a pivot with count entries from it on ends. A row is read
+once and counted in registers, about ten times for features as behind a ReLU.
+
+Sources: Djurisic et al., "Extremely Simple Activation Shaping for Out-of-Distribution Detection", ICLR 2023,
+arXiv 2209.09858; Xu et al., "Scaling for Training Time and Post-hoc Out-of-distribution Detection Enhancement", ICLR 2024,
+arXiv 2310.00227.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ood_helpers.errors import InputError
+from ood_helpers.kernels.launch import OPTIONS, jit, power_of_two, runs_on_triton, tl
+
+CHUNK = 1024  # samples whose largest entries are copied at once
+LONGEST_ROW = 16384  # features that a Triton program holds
+
+
+@dataclass(frozen=True)
+class LargestEntries:
+    """Which entries of features [N, D] are the largest, and their sums: four tensors [N].
+
+    threshold : t, the smallest value that is kept
+    last : int64, the place of the last entry equal to it that is kept
+    total, kept_total : s1, s2; both NaN for a feature with NaN
+    """
+
+    threshold: Tensor
+    last: Tensor
+    total: Tensor
+    kept_total: Tensor
+
+    def mask(self, features: Tensor) -> Tensor:
+        """The entries that are kept: bool [N, D]. NaN counts as kept, so that it is not lost."""
+        threshold = self.threshold[:, None]
+        place = torch.arange(features.shape[1], device=features.device)
+        return ~((features < threshold) | ((features == threshold) & (place > self.last[:, None])))
+
+    def split(self, size: int) -> "list[LargestEntries]":
+        """The same for `size` samples each, as torch.Tensor.split."""
+        tensors = self.threshold, self.last, self.total, self.kept_total
+        return [LargestEntries(*parts) for parts in zip(*(t.split(size) for t in tensors), strict=True)]
+
+
+@jit
+def _ordered(values):
+    """Whole numbers in the order of float32 values."""
+    bits = values.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@jit
+def _value(place):
+    """The float32 value at a place in the order, the inverse of `_ordered`."""
+    return tl.where(place < 0, place ^ 0x7FFFFFFF, place).to(tl.float32, bitcast=True)
+
+
+@jit
+def _largest_entries_kernel(
+    features,
+    threshold,
+    last,
+    total,
+    kept_total,
+    feature_dim,
+    count,
+    features_n,
+    features_d,
+    BLOCK_D: tl.constexpr,
+):
+    """One row."""
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < feature_dim
+    # NaN behind the row's end is in no comparison, minimum or maximum.
+    f = tl.load(features + n * features_n + d.to(tl.int64) * features_d, mask=inside, other=float("nan"))
+    whole = tl.sum(tl.where(inside, f, 0.0))
+    # At least count entries are from low on, fewer from high on. To add 0.0 makes -0.0 its equal 0.0. Entries are counted
+    # in floats, exact here, as a GPU compares to 1.0 or 0.0 in one instruction.
+    low, high = _ordered(tl.min(f) + 0.0), _ordered(tl.max(f) + 0.0) + 1
+    from_low = tl.sum(tl.where(inside, 1.0, 0.0))
+    from_high = tl.zeros_like(from_low)
+    wanted = from_high + count
+    step = 0
+    while (from_low != wanted) & (high > low + 1):
+        # Many entries may be 0 as the smallest one, and the first pivot sees whether more are kept than there are others.
+        # Then two out of three assume an exponential tail, and the third halves what is left, which bounds the steps. The
+        # bits of a count as a float are as good as its logarithm.
+        common, rare = _ordered(from_low), _ordered(tl.maximum(from_high, 0.5))
+        part = (common - _ordered(wanted)).to(tl.float32) / (common - rare).to(tl.float32)
+        pivot = _ordered(_value(low) + (_value(high) - _value(low)) * part)
+        pivot = tl.where(step % 3 == 0, (low & high) + ((low ^ high) >> 1), pivot)
+        pivot = tl.where(step == 0, low + 1, pivot)
+        pivot = tl.minimum(tl.maximum(pivot, low + 1), high - 1)
+        from_pivot = tl.sum(tl.where(f >= _value(pivot), 1.0, 0.0))
+        enough = from_pivot >= wanted
+        low, from_low = tl.where(enough, pivot, low), tl.where(enough, from_pivot, from_low)
+        high, from_high = tl.where(enough, high, pivot), tl.where(enough, from_high, from_pivot)
+        step += 1
+    smallest = tl.min(tl.where(f >= _value(low), f, float("inf")))
+    equal = f == smallest
+    if from_low == wanted:
+        end = tl.max(tl.where(equal, d, -1))
+    else:
+        # Low is the smallest and high the next number, so from_high counts what is above.
+        rank = tl.cumsum(equal.to(tl.int32))
+        end = tl.sum((rank < (wanted - from_high).to(tl.int32)).to(tl.int32))
+    kept = tl.sum(tl.where((f > smallest) | (equal & (d <= end)), f, 0.0))
+    tl.store(threshold + n, smallest)
+    tl.store(last + n, end.to(tl.int64))
+    tl.store(total + n, whole)
+    tl.store(kept_total + n, tl.where(whole == whole, kept, whole))
+
+
+def launch(features: Tensor, count: int) -> LargestEntries:
+    """The Triton kernel, arguments as for `largest_entries`; D at most LONGEST_ROW. No memory beside the output."""
+    n, feature_dim = features.shape
+    found = LargestEntries(
+        features.new_empty(n),
+        features.new_empty(n, dtype=torch.int64),
+        features.new_empty(n),
+        features.new_empty(n),
+    )
+    block = max(16, power_of_two(feature_dim))
+    if n:
+        _largest_entries_kernel[(n,)](
+            features,
+            found.threshold,
+            found.last,
+            found.total,
+            found.kept_total,
+            feature_dim,
+            count,
+            *features.stride(),
+            BLOCK_D=block,
+            num_warps=min(16, max(1, block // 1024)),
+            **OPTIONS,
+        )
+    return found
+
+
+def reference(features: Tensor, count: int) -> LargestEntries:
+    """The same in plain torch, on any device and in any dtype; arguments as for `largest_entries`.
+
+    Memory beside the output, in numbers: 4 D CHUNK.
+    """
+    parts = []
+    for f in features.split(CHUNK):
+        kept = f.topk(count, dim=1, sorted=False).values
+        threshold = kept.amin(dim=1)
+        wanted = (kept == threshold[:, None]).sum(dim=1)
+        rank = (f == threshold[:, None]).cumsum(dim=1, dtype=torch.int32)
+        last = (rank < wanted[:, None]).sum(dim=1)
+        parts.append((threshold, last, f.sum(dim=1), kept.sum(dim=1)))
+    return LargestEntries(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def largest_entries(features: Tensor, count: int) -> LargestEntries:
+    """The `count` largest entries of each feature [N, D], of any strides; of equal ones the first.
+
+    Raises
+    ------
+    InputError : count below 1 or above D
+    """
+    feature_dim = features.shape[1]
+    if not 1 <= count <= feature_dim:
+        raise InputError(
+            f"The {count} largest of {feature_dim} entries were asked for, expected 1 to {feature_dim}; change the count."
+        )
+    takes = runs_on_triton(features) and feature_dim <= LONGEST_ROW
+    return launch(features, count) if takes else reference(features, count)

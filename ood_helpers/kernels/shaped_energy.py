@@ -1,0 +1,281 @@
+"""Energy of the head on shaped features, for methods that clip, mask, prune or scale them.
+
+    g = min(f, clip) * M[k, :]
+    g_d = 0 where d is none of the largest entries;  1 where it is one, if binary
+    z_c = scale * (gain * sum over d of g_d W[c, d] + b_c)
+    S = T logsumexp_c(z_c / T)
+
+f [N, D] features; W [C, D], b [C] head; M [C, D] the features that each class keeps, k [N] the classes of the samples;
+gain, scale [N]; T the temperature. Every step but the last two is optional. Features are shaped while they are read, and of
+the logits only the sum of exponentials of each block of classes is written: there are no shaped features [N, D] and no
+logits [N, C].
+
+Sources: Sun, Guo and Li, "ReAct: Out-of-distribution Detection With Rectified Activations", NeurIPS 2021, arXiv 2111.12797;
+Djurisic et al. (ASH), ICLR 2023, arXiv 2209.09858; Xu et al. (SCALE), ICLR 2024, arXiv 2310.00227; HIMPLoS,
+arXiv 2310.18104.
+"""
+
+from math import inf
+
+import torch
+from torch import Tensor
+
+from ood_helpers.kernels.largest_entries import LargestEntries
+from ood_helpers.kernels.launch import (
+    OPTIONS,
+    ceil_div,
+    check_precision,
+    jit,
+    log_sum_exp,
+    power_of_two,
+    runs_on_triton,
+    tl,
+    weights_by_feature,
+)
+
+CHUNK = 1024  # samples whose shaped features and logits are copied at once
+BLOCK_N = 128
+BLOCK_C = 128
+BLOCK_D = 32
+
+
+@jit
+def _shaped_energy_kernel(
+    features,
+    weight,
+    bias,
+    class_mask,
+    predicted,
+    threshold,
+    last,
+    gain,
+    scale,
+    out,
+    num_samples,
+    num_classes,
+    feature_dim,
+    features_n,
+    features_d,
+    weight_d,
+    weight_c,
+    blocks,
+    clip,
+    temperature,
+    MASKED: tl.constexpr,
+    PRUNED: tl.constexpr,
+    BINARY: tl.constexpr,
+    GAIN: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile: BLOCK_N samples times BLOCK_C logits. Neighbouring programs share the samples, and all the head."""
+    program = tl.program_id(0)
+    block = program % blocks
+    n = (program // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    present = n < num_samples
+    classes = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_head = classes < num_classes
+    if MASKED:
+        mask_offset = tl.load(predicted + n, mask=present, other=0) * feature_dim
+    if PRUNED:
+        smallest = tl.load(threshold + n, mask=present, other=0.0)
+        end = tl.load(last + n, mask=present, other=0).to(tl.int32)
+    z = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for first in range(0, feature_dim, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        inside = d < feature_dim
+        both = present[:, None] & inside[None, :]
+        places = n[:, None] * features_n + d.to(tl.int64)[None, :] * features_d
+        g = tl.load(features + places, mask=both, other=0.0)
+        g = tl.where(g > clip, clip, g)
+        if MASKED:
+            kept = tl.load(class_mask + mask_offset[:, None] + d[None, :], mask=both, other=0)
+            g *= kept.to(tl.float32)  # a product keeps NaN
+        if PRUNED:
+            dropped = (g < smallest[:, None]) | ((g == smallest[:, None]) & (d[None, :] > end[:, None]))
+            if BINARY:
+                g = tl.where(g == g, 1.0, g)
+            g = tl.where(dropped, 0.0, g)
+        w = tl.load(
+            weight + d[:, None] * weight_d + classes[None, :] * weight_c, mask=inside[:, None], other=0.0
+        )
+        z = tl.dot(g, w, z, input_precision=PRECISION)
+    if GAIN:
+        z *= tl.load(gain + n, mask=present, other=0.0)[:, None]
+    z += tl.load(bias + classes, mask=in_head, other=0.0)[None, :]
+    if SCALE:
+        z *= tl.load(scale + n, mask=present, other=0.0)[:, None]
+    z = tl.where(in_head[None, :], z / temperature, float("-inf"))
+    tl.store(out + n * blocks + block, log_sum_exp(z), mask=present)
+
+
+def launch(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    clip: float | None = None,
+    class_mask: Tensor | None = None,
+    predicted: Tensor | None = None,
+    largest: LargestEntries | None = None,
+    binary: bool = False,
+    gain: Tensor | None = None,
+    scale: Tensor | None = None,
+    temperature: float = 1.0,
+    precision: str = "ieee",
+) -> Tensor:
+    """The Triton kernel, arguments as for `shaped_energy`. Memory beside the output, in numbers: 2 C D
+    for the head, N C / 128 for partial energies."""
+    (n, feature_dim), num_classes = features.shape, len(weight)
+    block_n = max(16, min(BLOCK_N, power_of_two(n)))
+    block_c = max(16, min(BLOCK_C, power_of_two(num_classes)))
+    blocks = ceil_div(num_classes, block_c)
+    out = features.new_empty(n, blocks)
+    by_feature = weights_by_feature(weight, blocks * block_c, precision)
+
+    def pointer(values: Tensor | None) -> Tensor:
+        return bias if values is None else values.contiguous()  # bias: not read there
+
+    if n:
+        _shaped_energy_kernel[(ceil_div(n, block_n) * blocks,)](
+            features,
+            by_feature,
+            bias.contiguous(),
+            pointer(class_mask if class_mask is None else class_mask.contiguous().view(torch.uint8)),
+            pointer(predicted),
+            pointer(largest and largest.threshold),
+            pointer(largest and largest.last),
+            pointer(gain),
+            pointer(scale),
+            out,
+            n,
+            num_classes,
+            feature_dim,
+            *features.stride(),
+            *by_feature.stride(),
+            blocks,
+            inf if clip is None else float(clip),
+            float(temperature),
+            MASKED=class_mask is not None,
+            PRUNED=largest is not None,
+            BINARY=binary,
+            GAIN=gain is not None,
+            SCALE=scale is not None,
+            PRECISION=precision,
+            BLOCK_N=block_n,
+            BLOCK_C=block_c,
+            BLOCK_D=BLOCK_D,
+            num_warps=8 if block_n * block_c == BLOCK_N * BLOCK_C else 4,
+            num_stages=3,
+            **OPTIONS,
+        )
+    return temperature * out.logsumexp(dim=1)
+
+
+def reference(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    clip: float | None = None,
+    class_mask: Tensor | None = None,
+    predicted: Tensor | None = None,
+    largest: LargestEntries | None = None,
+    binary: bool = False,
+    gain: Tensor | None = None,
+    scale: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The same in plain torch, on any device and in any dtype; arguments as for `shaped_energy`.
+
+    Memory beside the output, in numbers: (3 D + 2 C) CHUNK.
+    """
+    out = features.new_empty(len(features))
+    parts = [None] * max(1, ceil_div(len(features), CHUNK))
+
+    def split(values):
+        return parts if values is None else values.split(CHUNK)
+
+    per_sample = (features, predicted, largest, gain, scale, out)
+    for f, k, entries, factor, smoothing, energies in zip(*map(split, per_sample), strict=True):
+        g = shaped_features(f, clip=clip, class_mask=class_mask, predicted=k, largest=entries, binary=binary)
+        if factor is None:
+            z = torch.addmm(bias, g, weight.T)
+        else:
+            z = (g @ weight.T).mul_(factor[:, None]).add_(bias)
+        if smoothing is not None:
+            z *= smoothing[:, None]
+        energies.copy_((z / temperature).logsumexp(dim=1))
+    return out.mul_(temperature)
+
+
+def shaped_energy(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    clip: float | None = None,
+    class_mask: Tensor | None = None,
+    predicted: Tensor | None = None,
+    largest: LargestEntries | None = None,
+    binary: bool = False,
+    gain: Tensor | None = None,
+    scale: Tensor | None = None,
+    temperature: float = 1.0,
+    precision: str = "ieee",
+) -> Tensor:
+    """S [N] of samples through the head, their features shaped before it and their logits scaled after it.
+
+    Parameters
+    ----------
+    features : f [N, D], of any strides
+    weight, bias : W [C, D], b [C]
+    clip : above 0; None = no clipping
+    class_mask : M bool [C, D], row k for samples predicted as k; None = keep every feature
+    predicted : k int64 [N]; needed with class_mask
+    largest : the entries that are kept, of g as clipped and masked; None = all
+    binary : whether each of them becomes 1; only with `largest`
+    gain : factor [N] of the shaped features; None = 1
+    scale : factor [N] of the logits; None = 1
+    temperature : T, above 0
+    precision : of the product in Triton, "ieee" or "tf32"
+
+    Raises
+    ------
+    InputError : unknown precision
+    """
+    check_precision(precision)
+    arguments = {
+        "clip": clip,
+        "class_mask": class_mask,
+        "predicted": predicted,
+        "largest": largest,
+        "binary": binary,
+        "gain": gain,
+        "scale": scale,
+        "temperature": temperature,
+    }
+    if runs_on_triton(features):
+        return launch(features, weight, bias, **arguments, precision=precision)
+    return reference(features, weight, bias, **arguments)
+
+
+def shaped_features(
+    features: Tensor,
+    *,
+    clip: float | None = None,
+    class_mask: Tensor | None = None,
+    predicted: Tensor | None = None,
+    largest: LargestEntries | None = None,
+    binary: bool = False,
+) -> Tensor:
+    """g [N, D], the features as `shaped_energy` takes them to the head, without the gain; arguments as there."""
+    g = features if clip is None else features.clamp(max=clip)
+    if class_mask is not None:
+        g = g * class_mask[predicted]
+    if largest is not None:
+        g = torch.where(largest.mask(g), torch.where(g.isnan(), g, 1) if binary else g, 0)
+    return g
