@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ood_helpers.detectors.base import Detector
 from ood_helpers.features import FeatureBank
-from ood_helpers.groups import Groups
+from ood_helpers.kernels.group_score import group_score
 
 
 @dataclass
@@ -25,15 +25,11 @@ class MOS(Detector):
     title: ClassVar[str] = "MOS"
     source: ClassVar[str] = "Huang and Li, CVPR 2021, arXiv 2105.01879, section 3"
     group_softmax: ClassVar[bool] = True
+    float32_on_cuda: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.network = "group"
 
     def _score(self, shard: FeatureBank) -> Tensor:
-        return mos_score(shard.logits, self.head_.groups)
-
-
-def mos_score(logits: Tensor, groups: Groups) -> Tensor:
-    """S = max_k g_k of logits [N, C + K] -> [N]; higher = more in-distribution."""
-    return groups.log_odds(logits).amax(dim=1)
+        return group_score(shard.logits, self.head_.groups.slices)

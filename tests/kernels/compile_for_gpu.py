@@ -1,0 +1,77 @@
+"""Compiles what launchers start, without a GPU: run by test_compiled.py in a process of its own, where Triton does not interpret.
+
+Triton's launch is replaced: the arguments that a launcher passes become the signature of an ahead-of-time compilation for
+an H100 or H200 (compute capability 9.0). Prints one line a kernel: its name, its precision where it has one, and the bytes
+of its stack, to which registers spill.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def compile_instead(kernel: JITFunction, *positional, grid, warmup, **named) -> None:
+    options = {name: named.pop(name) for name in OPTIONS if name in named}
+    values = dict(zip(kernel.arg_names, positional)) | named
+    fixed = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+    kinds = {
+        name: TYPES[value.dtype]
+        if isinstance(value, torch.Tensor)
+        else "fp32"
+        if isinstance(value, float)
+        else "i64"
+        for name, value in values.items()
+        if name not in fixed
+    }
+    signature = {name: "constexpr" if name in fixed else kinds[name] for name in kernel.arg_names}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs=fixed), target=GPUTarget("cuda", 90, 32), options=options
+    )
+    print(kernel.__name__, values.get("PRECISION", "-"), spilled_bytes(compiled.asm["cubin"]))
+
+
+def spilled_bytes(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage).group(1))
+
+
+def main() -> None:
+    from ood_helpers.kernels import group_score, largest_entries, line_head, prototype_cosine, shaped_energy
+
+    JITFunction.run = compile_instead
+    samples, classes, feature_dim = 1000, 200, 342
+    features, weight = torch.rand(samples, feature_dim), torch.rand(classes, feature_dim)
+    bias, mask, factor = torch.rand(classes), weight > 0.5, torch.rand(samples)
+    predicted = torch.zeros(samples, dtype=torch.int64)
+    for precision in ("ieee", "tf32"):
+        line_head.launch(features, weight, bias, weight, mask, bias, 1.0, "energy", precision)
+    line_head.launch(features, weight, bias, weight, mask, bias, 1.0, "logits", "ieee")
+    largest = largest_entries.launch(features, 34)
+    prototype_cosine.launch(features, weight, predicted)
+    group_score.launch(features, [(0, 200), (200, 342)])
+    head = features, weight, bias
+    for precision in ("ieee", "tf32"):
+        shaped_energy.launch(
+            *head, clip=1.0, class_mask=mask, predicted=predicted, scale=factor, precision=precision
+        )
+    shaped_energy.launch(*head, largest=largest, gain=factor)
+    shaped_energy.launch(*head, largest=largest, gain=factor, binary=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Every kernel compiles for a GPU, on machines without one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from kernel_examples import needs_triton
+
+KERNELS = {
+    "_group_score_kernel",
+    "_largest_entries_kernel",
+    "_line_head_kernel",
+    "_prototype_cosine_kernel",
+    "_shaped_energy_kernel",
+}
+
+
+@needs_triton
+def test_every_kernel_compiles_and_its_numbers_stay_in_registers(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, Path(__file__).with_name("compile_for_gpu.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, _, _ in lines} == KERNELS
+    assert {precision for name, precision, _ in lines if name == "_line_head_kernel"} == {"ieee", "tf32"}
+    # A few addresses of the surroundings of a loop may go to the stack, the tiles in the loop (16 kB and more) may not.
+    spilled = {(name, precision): int(stack) for name, precision, stack in lines if int(stack) > 256}
+    assert not spilled
