@@ -30,9 +30,9 @@ def _group_score_kernel(
     stop_columns,
     out,
     samples,
-    groups,
     logits_n,
     logits_c,
+    GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -41,12 +41,13 @@ def _group_score_kernel(
     present = rows < samples
     start = logits + rows.to(tl.int64) * logits_n
     best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    for k in range(groups):
+    for k in range(GROUPS):
         others, stop = tl.load(first_columns + k), tl.load(stop_columns + k)
         z_others = tl.load(start + others * logits_c, mask=present, other=0.0)
         largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
-        for first in range(others + 1, stop, BLOCK_C):
+        first = others + 1
+        while first < stop:
             columns = first + tl.arange(0, BLOCK_C)
             inside = present[:, None] & (columns < stop)[None, :]
             z = tl.load(start[:, None] + (columns * logits_c)[None, :], mask=inside, other=0.0)
@@ -56,6 +57,7 @@ def _group_score_kernel(
             shift = tl.where(tl.abs(until) == float("inf"), 0.0, until)
             total = total * tl.exp(largest - shift) + tl.sum(tl.exp(odds - shift[:, None]), axis=1)
             largest = until
+            first += BLOCK_C
         g = tl.log(total) + tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
         best = tl.where((g > best) | (g != g), g, best)
     tl.store(out + rows, best, mask=present)
@@ -76,8 +78,8 @@ def launch(logits: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
         stop,
         out,
         samples,
-        len(slices),
         *logits.stride(),
+        GROUPS=len(slices),
         BLOCK_N=block_n,
         BLOCK_C=block_c,
         num_warps=4 if block_c <= 32 else 1,  # a row stays within a warp, which adds it up without the others

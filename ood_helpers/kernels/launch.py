@@ -55,6 +55,9 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+# Bounds of loops over `range` are tl.constexpr: Triton 3.6 cannot interpret others with NumPy 2.4 and later.
+
+
 @jit
 def log_sum_exp(values):
     """Logarithm of the sum of exponentials over the columns of a block, [M, N] -> [M]; -inf where all are -inf.

@@ -50,13 +50,13 @@ def _line_head_kernel(
     tile_stop,
     out,
     num_classes,
-    feature_dim,
     features_n,
     features_d,
     weight_d,
     weight_c,
     out_n,
     clip,
+    FEATURE_DIM: tl.constexpr,
     MASKED_FEATURES: tl.constexpr,
     MASKED_WEIGHTS: tl.constexpr,
     ENERGY: tl.constexpr,
@@ -77,9 +77,9 @@ def _line_head_kernel(
         in_head = classes < num_classes
         floor = tl.load(weight_floors + k)
         z = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-        for first in range(0, feature_dim, BLOCK_D):
+        for first in range(0, FEATURE_DIM, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
-            inside = d < feature_dim
+            inside = d < FEATURE_DIM
             g = tl.load(
                 features + rows[:, None] * features_n + d.to(tl.int64)[None, :] * features_d,
                 mask=present[:, None] & inside[None, :],
@@ -87,13 +87,13 @@ def _line_head_kernel(
             )
             g = tl.where(g > clip, clip, g)
             if MASKED_FEATURES:
-                kept = tl.load(feature_mask + k * feature_dim + d, mask=inside, other=0)
+                kept = tl.load(feature_mask + k * FEATURE_DIM + d, mask=inside, other=0)
                 g = tl.where(kept[None, :] != 0, g, 0.0)
             w = tl.load(
                 weight + d[:, None] * weight_d + classes[None, :] * weight_c, mask=inside[:, None], other=0.0
             )
             if MASKED_WEIGHTS:
-                a = tl.load(importance + k * feature_dim + d, mask=inside, other=0.0)
+                a = tl.load(importance + k * FEATURE_DIM + d, mask=inside, other=0.0)
                 w = tl.where(a[:, None] * w > floor, w, 0.0)
             z = tl.dot(g, w, z, input_precision=PRECISION)
         z += tl.load(bias + classes, mask=in_head, other=0.0)[None, :]
@@ -154,11 +154,11 @@ def launch(
         tile_stop,
         out,
         num_classes,
-        feature_dim,
         *features.stride(),
         *by_feature.stride(),
         out.stride(0),
         inf if clip is None else float(clip),
+        FEATURE_DIM=feature_dim,
         MASKED_FEATURES=feature_mask is not None,
         MASKED_WEIGHTS=weight_floors is not None,
         ENERGY=output == "energy",

@@ -25,21 +25,21 @@ def _prototype_cosine_kernel(
     prototypes,
     predicted,
     out,
-    feature_dim,
     features_n,
     features_d,
     smallest_norm,
+    FEATURE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One row."""
     n = tl.program_id(0).to(tl.int64)
-    offset = tl.load(predicted + n) * feature_dim
+    offset = tl.load(predicted + n) * FEATURE_DIM
     product = tl.zeros((BLOCK_D,), tl.float32)
     feature_square = tl.zeros((BLOCK_D,), tl.float32)
     prototype_square = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(0, feature_dim, BLOCK_D):
+    for first in range(0, FEATURE_DIM, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
-        inside = d < feature_dim
+        inside = d < FEATURE_DIM
         f = tl.load(features + n * features_n + d.to(tl.int64) * features_d, mask=inside, other=0.0)
         mu = tl.load(prototypes + offset + d, mask=inside, other=0.0)
         product += mu * f
@@ -63,9 +63,9 @@ def launch(features: Tensor, prototypes: Tensor, predicted: Tensor) -> Tensor:
             prototypes.contiguous(),
             predicted.contiguous(),
             out,
-            feature_dim,
             *features.stride(),
             SMALLEST_NORM,
+            FEATURE_DIM=feature_dim,
             BLOCK_D=block,
             num_warps=max(1, block // 512),
             **OPTIONS,

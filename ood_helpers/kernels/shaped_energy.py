@@ -53,7 +53,6 @@ def _shaped_energy_kernel(
     out,
     num_samples,
     num_classes,
-    feature_dim,
     features_n,
     features_d,
     weight_d,
@@ -61,6 +60,7 @@ def _shaped_energy_kernel(
     blocks,
     clip,
     temperature,
+    FEATURE_DIM: tl.constexpr,
     MASKED: tl.constexpr,
     PRUNED: tl.constexpr,
     BINARY: tl.constexpr,
@@ -79,14 +79,14 @@ def _shaped_energy_kernel(
     classes = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_head = classes < num_classes
     if MASKED:
-        mask_offset = tl.load(predicted + n, mask=present, other=0) * feature_dim
+        mask_offset = tl.load(predicted + n, mask=present, other=0) * FEATURE_DIM
     if PRUNED:
         smallest = tl.load(threshold + n, mask=present, other=0.0)
         end = tl.load(last + n, mask=present, other=0).to(tl.int32)
     z = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for first in range(0, feature_dim, BLOCK_D):
+    for first in range(0, FEATURE_DIM, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
-        inside = d < feature_dim
+        inside = d < FEATURE_DIM
         both = present[:, None] & inside[None, :]
         places = n[:, None] * features_n + d.to(tl.int64)[None, :] * features_d
         g = tl.load(features + places, mask=both, other=0.0)
@@ -153,12 +153,12 @@ def launch(
             out,
             n,
             num_classes,
-            feature_dim,
             *features.stride(),
             *by_feature.stride(),
             blocks,
             inf if clip is None else float(clip),
             float(temperature),
+            FEATURE_DIM=feature_dim,
             MASKED=class_mask is not None,
             PRUNED=largest is not None,
             BINARY=binary,
