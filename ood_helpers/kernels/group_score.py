@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ood_helpers.kernels.launch import OPTIONS, ceil_div, jit, power_of_two, runs_on_triton, tl
 
-CHUNK = 1024  # samples whose differences are in memory at once
+CHUNK = 2**20  # logits of the samples that are compared at once
 BLOCK = 512  # logits a program reads at once
 BLOCK_C = 128  # columns of them at most; the rest are rows
 
@@ -91,9 +91,10 @@ def launch(logits: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
 def reference(logits: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
     """The same in plain torch, on any device and in any dtype; arguments as for `group_score`.
 
-    Memory beside the output, in numbers: CHUNK (K + 2 n) with n the classes of the largest group.
+    Memory beside the output, in numbers: 2 CHUNK, or 2 (C + K) if that is more.
     """
-    return torch.cat([_largest_log_odds(chunk, slices) for chunk in logits.split(CHUNK)])
+    chunks = logits.split(max(1, CHUNK // logits.shape[1]))
+    return torch.cat([_largest_log_odds(chunk, slices) for chunk in chunks])
 
 
 def group_score(logits: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:

@@ -20,10 +20,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ood_helpers.kernels.selection import largest
+
 CHUNK = 512  # queries compared at once with a block; 16 times as many on CUDA, where one call has to fill the device
 BLOCK = 2048  # training features in a block: 8 MB of cosines, which the caches hold
-# NumPy's partition has one thread, but takes a fifth of the time of torch.topk on one (with AVX-512, k = 50 to 500).
-THREADS_OF_TOPK = 6
 
 
 def kth_cosine(
@@ -54,31 +54,20 @@ def kth_cosine(
     # Two buffers for all blocks: fresh memory for each takes longer than the product itself.
     directions = queries.new_empty(block, queries.shape[1])
     cosines = queries.new_empty(rows * block)
-    largest = queries.new_full((len(queries), deepest), -torch.inf)
+    found = queries.new_full((len(queries), deepest), -torch.inf)
     for piece in train:
         for features in piece.split(block):
             unit = directions[: len(features)].copy_(features)
             unit /= _lengths(unit)
-            for some, kept in zip(queries.split(rows), largest.split(rows), strict=True):
+            for some, kept in zip(queries.split(rows), found.split(rows), strict=True):
                 # The lengths of the queries do not change their order and come last.
                 tile = torch.mm(some, unit.T, out=cosines[: len(some) * len(unit)].view(len(some), len(unit)))
-                kept.copy_(_largest(torch.cat([kept, _largest(tile, deepest)], dim=1), deepest))
-    largest = largest.sort(dim=1, descending=True).values
+                kept.copy_(largest(torch.cat([kept, largest(tile, deepest)], dim=1), deepest))
+    found = found.sort(dim=1, descending=True).values
     # NaN counts as the largest of all, so that it is in the first column; it spoils the others, too.
-    largest = torch.where(largest[:, :1].isnan(), torch.nan, largest)
-    return largest[:, [k - 1 for k in ks]] / _lengths(queries)
+    found = torch.where(found[:, :1].isnan(), torch.nan, found)
+    return found[:, [k - 1 for k in ks]] / _lengths(queries)
 
 
 def _lengths(features: Tensor) -> Tensor:
     return torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp(min=1e-12)
-
-
-def _largest(tile: Tensor, k: int) -> Tensor:
-    """The k largest of each row, or all, in any order; may reorder the tile."""
-    width = tile.shape[1]
-    if k >= width:
-        return tile
-    if tile.is_cuda or torch.get_num_threads() >= THREADS_OF_TOPK:
-        return tile.topk(k, dim=1, sorted=False).values
-    tile.numpy().partition(width - k, axis=1)
-    return tile[:, width - k :]

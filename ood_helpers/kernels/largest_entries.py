@@ -1,8 +1,8 @@
 """The largest entries of each feature: where they begin, and how much of the feature's sum they hold, for ASH and SCALE.
 
     t_n = the count-th largest of f_n1 .. f_nD
-    l_n = the place of the last f_nd = t_n that is kept, so that exactly count entries are:
-          those above t_n, and of those equal to it the ones up to l_n
+    l_n = the place up to which entries equal to t_n are kept, so that with those above it exactly count are;
+          D - 1 where all equal ones are
     s1_n = sum over d of f_nd,   s2_n = the same over the kept entries
 
 f [N, D] features, which may be negative; -0.0 is 0.0. There is no sorting: floats are in the order of the whole numbers that
@@ -15,12 +15,14 @@ arXiv 2310.00227.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from ood_helpers.errors import InputError
 from ood_helpers.kernels.launch import OPTIONS, jit, power_of_two, runs_on_triton, tl
+from ood_helpers.kernels.selection import largest
 
 CHUNK = 1024  # samples whose largest entries are copied at once
 LONGEST_ROW = 16384  # features that a Triton program holds
@@ -31,14 +33,16 @@ class LargestEntries:
     """Which entries of features [N, D] are the largest, and their sums: four tensors [N].
 
     threshold : t, the smallest value that is kept
-    last : int64, the place of the last entry equal to it that is kept
+    last : int64, the place up to which entries equal to it are kept; D - 1 where all are
     total, kept_total : s1, s2; both NaN for a feature with NaN
+    count : how many are kept
     """
 
     threshold: Tensor
     last: Tensor
     total: Tensor
     kept_total: Tensor
+    count: int
 
     def mask(self, features: Tensor) -> Tensor:
         """The entries that are kept: bool [N, D]. NaN counts as kept, so that it is not lost."""
@@ -46,10 +50,14 @@ class LargestEntries:
         place = torch.arange(features.shape[1], device=features.device)
         return ~((features < threshold) | ((features == threshold) & (place > self.last[:, None])))
 
-    def split(self, size: int) -> "list[LargestEntries]":
-        """The same for `size` samples each, as torch.Tensor.split."""
+    def of(self, samples: Tensor | slice) -> Self:
+        """The same for some of the samples."""
         tensors = self.threshold, self.last, self.total, self.kept_total
-        return [LargestEntries(*parts) for parts in zip(*(t.split(size) for t in tensors), strict=True)]
+        return LargestEntries(*(tensor[samples] for tensor in tensors), self.count)
+
+    def split(self, size: int) -> list[Self]:
+        """The same for `size` samples each, as torch.Tensor.split."""
+        return [self.of(slice(start, start + size)) for start in range(0, max(1, len(self.last)), size)]
 
 
 @jit
@@ -109,9 +117,8 @@ def _largest_entries_kernel(
         step += 1
     smallest = tl.min(tl.where(f >= _value(low), f, float("inf")))
     equal = f == smallest
-    if from_low == wanted:
-        end = tl.max(tl.where(equal, d, -1))
-    else:
+    end = tl.max(tl.where(inside, d, 0))
+    if from_low != wanted:
         # Low is the smallest and high the next number, so from_high counts what is above.
         rank = tl.cumsum(equal.to(tl.int32))
         end = tl.sum((rank < (wanted - from_high).to(tl.int32)).to(tl.int32))
@@ -130,6 +137,7 @@ def launch(features: Tensor, count: int) -> LargestEntries:
         features.new_empty(n, dtype=torch.int64),
         features.new_empty(n),
         features.new_empty(n),
+        count,
     )
     block = max(16, power_of_two(feature_dim))
     if n:
@@ -156,13 +164,17 @@ def reference(features: Tensor, count: int) -> LargestEntries:
     """
     parts = []
     for f in features.split(CHUNK):
-        kept = f.topk(count, dim=1, sorted=False).values
+        kept = largest(f.clone(), count)
         threshold = kept.amin(dim=1)
+        equal = f == threshold[:, None]
         wanted = (kept == threshold[:, None]).sum(dim=1)
-        rank = (f == threshold[:, None]).cumsum(dim=1, dtype=torch.int32)
-        last = (rank < wanted[:, None]).sum(dim=1)
+        last = torch.full_like(wanted, f.shape[1] - 1)
+        tied = equal.sum(dim=1) > wanted
+        if tied.any():
+            rank = equal[tied].cumsum(dim=1, dtype=torch.int32)
+            last[tied] = (rank < wanted[tied, None]).sum(dim=1)
         parts.append((threshold, last, f.sum(dim=1), kept.sum(dim=1)))
-    return LargestEntries(*map(torch.cat, zip(*parts, strict=True)))
+    return LargestEntries(*map(torch.cat, zip(*parts, strict=True)), count)
 
 
 def largest_entries(features: Tensor, count: int) -> LargestEntries:

@@ -12,7 +12,7 @@ from ood_helpers.detectors import KNN
 from ood_helpers.detectors import knn as knn_module
 from ood_helpers.errors import InputError
 from ood_helpers.features import FeatureBank, Head, StoredBank, shard_path
-from ood_helpers.kernels import kth_cosine as kernel
+from ood_helpers.kernels import selection as selecting
 from ood_helpers.kernels.kth_cosine import kth_cosine
 
 # queries, training features, D: one of each, the DenseNet's odd width, and one feature
@@ -22,7 +22,7 @@ SHAPES = [(1, 1, 5), (1, 40, 342), (30, 25, 33), (17, 60, 1), (40, 41, 3)]
 @pytest.fixture(params=["partition", "topk"])
 def selection(request, monkeypatch):
     """Either way to select, whatever the number of threads."""
-    monkeypatch.setattr(kernel, "THREADS_OF_TOPK", 1 if request.param == "topk" else 10**6)
+    monkeypatch.setattr(selecting, "THREADS_OF_TOPK", 1 if request.param == "topk" else 10**6)
 
 
 def by_definition(queries, train, ks):
