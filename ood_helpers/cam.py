@@ -28,7 +28,7 @@ from ood_helpers.backbones import Classifier, weights_fingerprint
 from ood_helpers.config import MasksConfig
 from ood_helpers.data import ImageSet, Transform, image_batches
 from ood_helpers.errors import InputError
-from ood_helpers.features import _open_shard, shard_path
+from ood_helpers.features import _open_shard, float32_products, shard_path
 from ood_helpers.files import atomic_path, locked, sha256_of_json, write_json
 from ood_helpers.progress import track
 
@@ -327,7 +327,7 @@ def _write_shard(path, network, image_set, transform, start, stop, scales, devic
     begin, first = time.perf_counter(), start
     # Enough images for a full batch of the smallest scale.
     at_once = math.ceil(batch_size / (2 * min(1.0, *scales) ** 2))
-    with torch.inference_mode():
+    with torch.inference_mode(), float32_products():
         for batch in image_batches(image_set, transform, start, stop, at_once):
             inputs = transform.normalise(batch.to(device, non_blocking=True))
             classes = torch.empty(len(batch), 0, dtype=torch.int64)

@@ -125,6 +125,19 @@ class FeatureBank:
         """The bank in pieces that fit in memory; this one is a single piece."""
         yield self
 
+    @classmethod
+    def joined(cls, shards: Sequence[Self]) -> Self:
+        """The samples of several shards as one; a single one is not copied."""
+        if len(shards) == 1:
+            return shards[0]
+        first, values = shards[0], {}
+        for item in fields(first):
+            parts = [getattr(shard, item.name) for shard in shards]
+            if isinstance(parts[0], Tensor):
+                values[item.name] = torch.cat(parts)
+        taps = {name: torch.cat([shard.taps[name] for shard in shards]) for name in first.taps}
+        return replace(first, **values, taps=taps)
+
     def to(self, device: torch.device | str) -> Self:
         """The bank with all its tensors on a device."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -174,13 +187,7 @@ class StoredBank:
 
     def load(self) -> FeatureBank:
         """The whole bank; memory-mapped when it is a single shard, else N (D + C) floats in memory."""
-        shards = list(self.shards())
-        if len(shards) == 1:
-            return shards[0]
-        labels = None if shards[0].labels is None else torch.cat([shard.labels for shard in shards])
-        taps = {name: torch.cat([shard.taps[name] for shard in shards]) for name in shards[0].taps}
-        features = torch.cat([shard.features for shard in shards])
-        return FeatureBank(features, torch.cat([shard.logits for shard in shards]), labels, taps)
+        return FeatureBank.joined(list(self.shards()))
 
 
 @dataclass(frozen=True)
@@ -362,10 +369,10 @@ def bank_key(
     options: FeaturesConfig = FeaturesConfig(),  # noqa: B008 - frozen
     device: torch.device | str = "cpu",
 ) -> str:
-    """SHA-256 over weights, transform, image set (content, labels, what was taken), taps, precision and compilation where
-    they are not the default, kind of device, code version."""
+    """SHA-256 over weights, transform, image set (content, labels, what was taken), taps, precision and compilation (on
+    the CPU where they are not the default), kind of device, code version."""
     kind = torch.device(device).type  # the last bits differ between kinds of device; a table rests on one
-    arithmetic = options.model_dump(include={"precision", "compile"}, exclude_defaults=True)
+    arithmetic = options.model_dump(include={"precision", "compile"}, exclude_defaults=kind == "cpu")
     parts = [
         weights_fingerprint(network),
         transform.fingerprint,
@@ -382,15 +389,15 @@ def float32_products(precision: str = "float32") -> Iterator[None]:
 
     By default PyTorch rounds the inputs of convolutions to 10 bits of mantissa there.
     """
-    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [setting.fp32_precision for setting in settings]
+    settings = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [setting.allow_tf32 for setting in settings]
     try:
         for setting in settings:
-            setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+            setting.allow_tf32 = precision == "tf32"
         yield
     finally:
         for setting, value in zip(settings, before):
-            setting.fp32_precision = value
+            setting.allow_tf32 = value
 
 
 def extract(
@@ -403,7 +410,7 @@ def extract(
 ) -> StoredBank:
     """Pass an image set through a network once and store features, logits, labels and taps.
 
-    Memory: the outputs of two shards (`shard_size` images), one of which is being written, and two batches of images.
+    Memory: the outputs of three shards (`shard_size` images), one of which is being written, and two batches of images.
     Shards already in `directory` are kept, so an interrupted pass goes on where it stopped; each shard is
     computed by the same batches either way, so the result is the same.
 
@@ -444,7 +451,7 @@ def _extract(network, image_set, transform, directory, options, device) -> Store
         ThreadPoolExecutor(1) as writer,
         track(description=image_set.name, total=len(image_set), unit="image") as bar,
         torch.inference_mode(),
-        float32_products(options.precision),
+        float32_products(),
         _tapped(network, options.taps) as taps,
     ):
         bar.update(len(image_set) - sum(stop - start for _, start, stop in missing))
@@ -498,14 +505,17 @@ def pass_batch_size(options: FeaturesConfig, device: torch.device | str) -> int:
 def _forward(
     network: Classifier, options: FeaturesConfig, device: torch.device, batch_size: int
 ) -> Callable[[Tensor], Tensor]:
-    """The features of a batch, float32, by the arithmetic that the options name."""
+    """Gives the features of a batch, float32, by the arithmetic that the options name."""
     compiled = torch.compile(network.features) if options.compile else network.features
     bfloat16 = options.precision == "bfloat16"
 
     def forward(inputs: Tensor) -> Tensor:
         # A batch of another size would be compiled anew; there is one at the end of a shard at most.
         function = compiled if len(inputs) == batch_size else network.features
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with (
+            float32_products(options.precision),
+            torch.autocast(device.type, torch.bfloat16, enabled=bfloat16),
+        ):
             return function(inputs).float()
 
     return forward
@@ -514,7 +524,7 @@ def _forward(
 def on_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Batches on a device, in order; on CUDA each is copied from pinned memory while the one before is computed with."""
     if device.type != "cuda":
-        yield from batches
+        yield from (batch.to(device) for batch in batches)
         return
     copies, ahead = torch.cuda.Stream(device), None
     for batch in batches:

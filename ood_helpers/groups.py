@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ood_helpers.config import CONFIG_DIRECTORY, GroupsConfig, read_yaml, yaml_path
 from ood_helpers.errors import InputError, nearest
+from ood_helpers.kernels.group_score import log_odds
 
 GROUP_DIRECTORY = CONFIG_DIRECTORY / "groups"
 
@@ -132,12 +133,7 @@ class Groups:
 
         p_k("others") = 1 / (1 + exp(g_k)); g_k still differs where p_k is rounded to 0 or 1.
         """
-        # The difference comes first, as a sum would be rounded to the precision of large logits.
-        odds = [
-            (logits[:, start + 1 : end] - logits[:, start : start + 1]).logsumexp(dim=1)
-            for start, end in self.slices
-        ]
-        return torch.stack(odds, dim=1)
+        return log_odds(logits, self.slices)
 
     def others_probability(self, logits: Tensor) -> Tensor:
         """p_k("others") [N, K] in [0, 1], of logits [N, C + K]."""

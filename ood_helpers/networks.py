@@ -39,6 +39,7 @@ from ood_helpers.features import (
     accuracy,
     bank_key,
     extract,
+    float32_products,
     pass_batch_size,
 )
 from ood_helpers.files import locked, sha256_of_json
@@ -210,9 +211,10 @@ class ExperimentNetwork:
         """The last feature maps [B, D, h, w] of an image set, batch by batch; nothing is kept."""
         run = self.experiment
         image_set, batch_size = run.image_set(name), pass_batch_size(run.config.features, run.device)
-        with track(
-            description=f"Feature maps of {image_set.name}", total=len(image_set), unit="image"
-        ) as bar:
+        with (
+            track(description=f"Feature maps of {image_set.name}", total=len(image_set), unit="image") as bar,
+            float32_products(),
+        ):
             for images in image_batches(image_set, run.transform, 0, len(image_set), batch_size):
                 inputs = run.transform.normalise(images.to(run.device))
                 yield self.network.feature_map(inputs.contiguous(memory_format=torch.channels_last))

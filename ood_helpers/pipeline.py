@@ -234,7 +234,9 @@ class Experiment:
     @property
     def caption(self) -> str:
         """What every figure says of its origin."""
-        return f"{self.config.name} · seed {self.seed}"
+        precision = self.config.features.precision
+        rounded = "" if precision == "float32" else f" · forward pass in {precision}"
+        return f"{self.config.name} · seed {self.seed}{rounded}"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -651,14 +653,15 @@ class Experiment:
             image_set = self.image_set(name)
             count = len(image_set) if images is None else min(images, len(image_set))
             taken = image_set.take(np.linspace(0, len(image_set) - 1, count).astype(np.int64))
-            features = torch.cat(
-                [
-                    classifier.features(self.transform.normalise(pixels.to(self.device))).cpu()
-                    for pixels in image_batches(taken, self.transform, 0, count, batch_size)
-                ]
-            )
+            with features.float32_products():
+                values = torch.cat(
+                    [
+                        classifier.features(self.transform.normalise(pixels.to(self.device))).cpu()
+                        for pixels in image_batches(taken, self.transform, 0, count, batch_size)
+                    ]
+                )
             labels = None if name != "test" else torch.as_tensor(taken.labels)
-            return FeatureBank(features, head.to("cpu").logits(features), labels)
+            return FeatureBank(values, head.to("cpu").logits(values), labels)
 
         test, lines = bank_of("test"), []
         id_accuracy = accuracy(test, head)
@@ -744,7 +747,9 @@ class Experiment:
         if detector.needs_validation and "validation" in self.id_names:
             validation_bank = network.image_bank("validation")
         train_bank = network.bank(detector.fit_set) if train_bank is None else train_bank
-        shard, detector.device = next(network.bank("test").shards()), self.device
+        shard = next(network.bank("test").shards())
+        if self.device.type == "cuda":
+            detector.device = self.device
         begin = time.perf_counter()
         detector.fit(train_bank, network.head, validation_bank)
         if not detector.needs_images:
@@ -755,7 +760,11 @@ class Experiment:
         if row not in self._tuned:
             base, table = self._base(row), self.tune(self._base(row))
             variants = list(self.detector(base).variants(self.config.tuning.grids[base]))
-            _, detector = variants[table.index[table.chosen].item()]
+            chosen, _ = variants[table.index[table.chosen].item()]
+            # Of a grid of its own, as the variants of one grid may share what each of them costs.
+            _, detector = next(
+                self.detector(base).variants({name: [value] for name, value in chosen.items()})
+            )
             detector.label = self._label(row)
             images, outliers = len(self.image_set("validation")), len(self.image_set("tuning"))
             detector.tuned_on = (

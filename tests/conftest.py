@@ -13,7 +13,9 @@ if workers > 1:  # before torch is imported, and for the processes that tests st
 
 import torch  # noqa: E402 - reads OMP_NUM_THREADS
 
-if not torch.cuda.is_available():  # Triton's kernels run in its interpreter, which is chosen when they are imported
+if (
+    not torch.cuda.is_available()
+):  # Triton's kernels run in its interpreter, which is chosen when they are imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 

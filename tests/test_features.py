@@ -1,16 +1,19 @@
 """Feature banks: one pass, shards, resuming, damage, streaming statistics."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ood_helpers.backbones import Classifier
+from ood_helpers.backbones import Classifier, weights_fingerprint
 from ood_helpers.config import FeaturesConfig
 from ood_helpers.data import ImageSet, Transform, image_batches
 from ood_helpers.errors import InputError
 from ood_helpers.features import (
+    EXTRACTION_VERSION,
     FeatureBank,
     Head,
     ImageBank,
@@ -27,6 +30,7 @@ from ood_helpers.features import (
     resolve_device,
     shard_path,
 )
+from ood_helpers.files import sha256_of_json
 
 TRANSFORM = Transform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 OPTIONS = FeaturesConfig(batch_size=4, shard_size=8)  # 8 images a shard
@@ -375,15 +379,17 @@ def test_only_batches_of_full_size_go_to_the_compiled_network(network, tmp_path,
 
 
 def test_the_precision_of_products_is_put_back():
-    setting = torch.backends.cudnn.conv
-    before = setting.fp32_precision
+    def allowed():
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = allowed()
     with pytest.raises(KeyError), float32_products():
-        assert setting.fp32_precision == "ieee"
+        assert allowed() == (False, False)
         with float32_products("tf32"):
-            assert setting.fp32_precision == "tf32"
-        assert setting.fp32_precision == "ieee"
+            assert allowed() == (True, True)
+        assert allowed() == (False, False)
         raise KeyError
-    assert setting.fp32_precision == before
+    assert allowed() == before
 
 
 def test_nan_in_a_shard_that_is_written_beside_the_next_pass(network, tmp_path):
@@ -397,6 +403,48 @@ def test_nan_in_a_shard_that_is_written_beside_the_next_pass(network, tmp_path):
     with pytest.raises(InputError, match="for 4 of images 0 to 7"):
         extract(broken, image_set(), TRANSFORM, tmp_path, OPTIONS)
     assert not shard_path(tmp_path, 0).exists() and not (tmp_path / "bank.json").exists()
+
+
+def test_a_compiled_network_keeps_its_taps(tmp_path, monkeypatch):
+    """Compiled for real, but without the compiler of C++ that machine code would need."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    options = FeaturesConfig(batch_size=4, shard_size=8, taps=("first", "activation"))
+    expected = extract(Staged(), image_set(), TRANSFORM, tmp_path / "a", options).load()
+    network = Staged()
+    plain = extract(network, image_set(), TRANSFORM, tmp_path / "b", options).load()
+    options = options.model_copy(update={"compile": True})
+    found = extract(network, image_set(), TRANSFORM, tmp_path / "c", options).load()
+    assert not torch.equal(expected.features, plain.features)  # another network
+    torch.testing.assert_close(found.features, plain.features)
+    for name in options.taps:
+        torch.testing.assert_close(found.taps[name], plain.taps[name])
+
+
+def test_the_key_says_the_precision_on_a_gpu(network):
+    """There the default has changed what it means before, and PyTorch's default is not ours."""
+    on_cpu = bank_key(network, image_set(), TRANSFORM)
+    assert on_cpu != bank_key(network, image_set(), TRANSFORM, device="cuda")
+    arithmetic = {"precision": "float32", "compile": False}
+    content = weights_fingerprint(network), TRANSFORM.fingerprint, image_set().fingerprint
+    expected = sha256_of_json([*content, [], "cuda", EXTRACTION_VERSION, arithmetic])
+    assert bank_key(network, image_set(), TRANSFORM, device="cuda") == expected
+
+
+def test_batches_go_to_any_device():
+    batches = list(on_device([torch.zeros(2, 3), torch.zeros(1, 3)], torch.device("meta")))
+    assert [(batch.device.type, len(batch)) for batch in batches] == [("meta", 2), ("meta", 1)]
+
+
+def test_joined_shards_are_the_bank(network, tmp_path):
+    options = FeaturesConfig(batch_size=4, shard_size=8, taps=("convolution",))
+    bank = extract(network, image_set(), TRANSFORM, tmp_path, options)
+    shards = list(bank.shards())
+    joined = FeatureBank.joined(shards)
+    assert len(shards) == 3 and len(joined) == 21
+    for name in ("features", "logits", "labels"):
+        assert torch.equal(getattr(joined, name), torch.cat([getattr(shard, name) for shard in shards]))
+    assert torch.equal(joined.taps["convolution"], torch.cat([shard.taps["convolution"] for shard in shards]))
+    assert FeatureBank.joined(shards[:1]) is shards[0]
 
 
 @pytest.mark.gpu
@@ -415,3 +463,5 @@ def test_a_bank_made_on_the_gpu(network, tmp_path, precision, tolerance):
     options = OPTIONS.model_copy(update={"precision": precision})
     found = extract(network, image_set(), TRANSFORM, tmp_path / "b", options, "cuda").load()
     torch.testing.assert_close(found.features, expected.features, rtol=tolerance, atol=tolerance)
+    head = Head.of(network)  # always in float32
+    torch.testing.assert_close(found.logits, head.logits(found.features), rtol=1e-6, atol=1e-6)

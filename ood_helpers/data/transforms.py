@@ -132,7 +132,17 @@ def image_batches(
 def spanned_batches(
     image_set: ImageSet, transform: Transform, spans: Sequence[tuple[int, int]], workers: int = 0
 ) -> Iterator[torch.Tensor]:
-    """Like `image_batches`, for batches of items first, ..., stop - 1 for each (first, stop) of `spans`."""
+    """As `image_batches`, with a batch of the items first, ..., stop - 1 for each (first, stop) of `spans`.
+
+    Raises
+    ------
+    InputError : as `image_batches`
+    """
+    for first, stop in spans:
+        if not 0 <= first < stop <= len(image_set):
+            raise InputError(
+                f"Images {first} to {stop} were asked of {image_set.name}, which has {len(image_set)}; ask for fewer."
+            )
     array = image_set.array
     if array is not None and transform.keeps(*array.shape[1:3]):
         for first, stop in spans:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ood_helpers import features as banks
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.features import Bank, FeatureBank, Head
+from ood_helpers.kernels.launch import runs_on_triton
 from ood_helpers.metrics import threshold_at_tpr
 
 
@@ -38,6 +39,7 @@ class Detector:
     source: ClassVar[str] = ""
     group_softmax: ClassVar[bool] = False  # whether the head has a softmax for each group of classes
     float32_on_cuda: ClassVar[bool] = False  # whether scoring goes through a kernel of ood_helpers.kernels
+    joined_features: ClassVar[int] = 0  # numbers up to which shards are scored as one, where that is faster
 
     def __post_init__(self) -> None:
         self.label, self.tuned_on, self.network = self.title, "", ""
@@ -231,14 +233,11 @@ class Detector:
         """Apply a function to every shard, checking what goes in and what comes out, and concatenate."""
         self._check_fitted()
         outputs, start = [], 0
-        for shard in bank.shards():
-            self._check_sizes(shard, self.head_)
-            self._check_finite(shard.features, "features", start)
-            self._check_finite(shard.logits, "logits", start)
+        for shard in self._joined(self._checked(bank)):
             home = shard.features.device
             if self.device is not None and not self.needs_images:
                 shard = shard.to(self.device)
-            if not (self.float32_on_cuda and shard.features.is_cuda):
+            if not (self.float32_on_cuda and runs_on_triton(shard.features)):
                 shard = replace(shard, features=shard.features.double(), logits=shard.logits.double())
             with banks.float32_products():
                 outputs.append(function(shard).double().to(home))
@@ -249,6 +248,30 @@ class Detector:
                 f"{self.title}: the bank has no samples, expected at least one; check its image set."
             )
         return torch.cat(outputs)
+
+    def _checked(self, bank: Bank) -> Iterator[FeatureBank]:
+        """The shards of a bank, each checked before it is given out."""
+        start = 0
+        for shard in bank.shards():
+            self._check_sizes(shard, self.head_)
+            self._check_finite(shard.features, "features", start)
+            self._check_finite(shard.logits, "logits", start)
+            yield shard
+            start += len(shard)
+
+    def _joined(self, shards: Iterator[FeatureBank]) -> Iterator[FeatureBank]:
+        """The shards, several as one up to `joined_features` numbers."""
+        waiting: list[FeatureBank] = []
+        for shard in shards:
+            numbers = sum(map(len, (*waiting, shard))) * shard.features.shape[1]
+            if waiting and numbers > self.joined_features:
+                yield FeatureBank.joined(waiting)
+                waiting = []
+            waiting.append(shard)
+            if not self.joined_features:  # at once, as one more would have to be in memory
+                yield waiting.pop()
+        if waiting:
+            yield FeatureBank.joined(waiting)
 
     def _class_means(self, train_bank: Bank) -> Tensor:
         """Mean training feature of each class [C, D] float64; every class must have images."""

@@ -178,15 +178,16 @@ class DFB(_WithBackground):
         """
         self._check_fitted()
         host = self.make_host()
-        host.device = self.device
         if host.fit_set != self._fitted_on:
             raise InputError(
                 f"{self.title}: found a host that learns from the {host.fit_set} set after a fit to the {self._fitted_on} "
                 "set, expected the same; call fit again."
             )
-        return self._cached(
+        fitted = self._cached(
             ("host", repr(host)), lambda: host.fit(self.train_bank_, self.head_, self.validation_bank_)
         )
+        fitted.device = self.device
+        return fitted
 
     @property
     def temperature_(self) -> float:

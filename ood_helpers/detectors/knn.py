@@ -4,12 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from ood_helpers.detectors.base import Detector
 from ood_helpers.errors import InputError
 from ood_helpers.features import Bank, FeatureBank, StoredBank
 from ood_helpers.kernels.kth_cosine import BLOCK, CHUNK, kth_cosine
+
+QUERIES = 4096  # samples whose largest cosines are kept at once
 
 
 @dataclass
@@ -19,8 +22,9 @@ class KNN(Detector):
     Exact: for unit vectors the distance is sqrt(2 - 2 cos), and the k largest cosines are kept while the training
     features pass block by block. A feature of zeros has the cosine 0 with all others.
 
-    Memory, in float64 numbers beside the bank's shard and one training shard: 4 k for each sample of the shard, BLOCK * D
-    for a block of training features, CHUNK * (BLOCK + 4 k) for the samples compared with it at once, 16 times that on CUDA.
+    Memory, in float64 numbers beside the bank's shard and one training shard: QUERIES * 4 k for the cosines that are kept,
+    BLOCK * D for a block of training features, CHUNK * (BLOCK + 4 k) for the samples compared with it at once, 16 times
+    that on CUDA; nothing grows with the number of images.
 
     Hyper-parameters
     ----------------
@@ -63,6 +67,7 @@ class KNN(Detector):
             yield settings, variant
 
     def score_samples(self, bank: Bank) -> Tensor:
+        """Scores [N], see `Detector`; a variant of a grid takes those of all its k from one comparison."""
         if not (isinstance(bank, StoredBank) and self.k in self._grid):
             return super().score_samples(bank)
         self._check_fitted()
@@ -79,8 +84,11 @@ class KNN(Detector):
         return _score_of(self._cosines(shard, [self.k])[:, 0])
 
     def _cosines(self, shard: FeatureBank, ks: list[int]) -> Tensor:
-        train = (piece.features for piece in self.train_bank_.shards())
-        return kth_cosine(shard.features, train, ks, chunk=CHUNK, block=min(BLOCK, len(self.train_bank_)))
+        block, found = min(BLOCK, len(self.train_bank_)), []
+        for queries in shard.features.split(QUERIES):
+            train = (piece.features for piece in self.train_bank_.shards())
+            found.append(kth_cosine(queries, train, ks, chunk=CHUNK, block=block))
+        return torch.cat(found)
 
 
 def _score_of(cosines: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class LINe(Detector):
     -------
     contributions_ : A [C, D] float64
 
-    Samples are grouped by predicted class, so a shard costs one masked [C, D] matrix product for each class in it.
+    Samples are grouped by predicted class, which costs one masked [C, D] matrix product for each class among them. Hence
+    the shards of a bank are scored together, up to 2^26 features at once: half a gigabyte in float64.
     The first score after a change of `weight_percentile` computes C thresholds over C x D numbers each.
     """
 
@@ -50,6 +51,7 @@ class LINe(Detector):
     title: ClassVar[str] = "LINe"
     source: ClassVar[str] = "Ahn, Park and Kim, CVPR 2023, arXiv 2303.13995"
     float32_on_cuda: ClassVar[bool] = True
+    joined_features: ClassVar[int] = 2**26
 
     def _check(self) -> None:
         self._check_number("delta", 0, inf, optional=True, open_low=True)
@@ -113,10 +115,12 @@ class LINe(Detector):
         """For each predicted class the value that a kept |A[k]| * W exceeds: [C], in the head's dtype as used."""
 
         def compute() -> Tensor:
-            importance = self.contributions_.to(weight).abs()
-            return torch.stack(
-                [order_statistics(row * weight, self.weight_percentile)[0] for row in importance]
-            )
+            importance, products = self.contributions_.to(weight).abs(), torch.empty_like(weight)
+            floors = [
+                order_statistics(torch.mul(row, weight, out=products), self.weight_percentile)[0]
+                for row in importance
+            ]
+            return torch.stack(floors)
 
         return self._cached((self.weight_percentile, weight.dtype, weight.device), compute)
 

@@ -17,7 +17,8 @@ class Scale(Detector):
     """Score S = energy of the head on f * exp(s1 / s2), s1 = the sum of f, s2 that of its largest entries.
 
     The largest entries are the k = D - round(D p / 100) that `ASH` keeps, at least one; nothing is set to 0. Features
-    are non-negative, as behind a ReLU.
+    are non-negative, as behind a ReLU. The factor ends at e^88 on CUDA, in float32, and at e^709 elsewhere; beyond that is an
+    error.
 
     Hyper-parameters
     ----------------

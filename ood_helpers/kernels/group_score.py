@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ood_helpers.kernels.launch import OPTIONS, ceil_div, jit, power_of_two, runs_on_triton, tl
+from ood_helpers.kernels.launch import OPTIONS, ceil_div, jit, launcher, power_of_two, runs_on_triton, tl
 
 CHUNK = 2**20  # logits of the samples that are compared at once
 BLOCK = 512  # logits a program reads at once
@@ -63,6 +63,7 @@ def _group_score_kernel(
     tl.store(out + rows, best, mask=present)
 
 
+@launcher
 def launch(logits: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
     """The Triton kernel, arguments as for `group_score`. Beside the output: 2 K integers."""
     samples = len(logits)
@@ -94,7 +95,7 @@ def reference(logits: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
     Memory beside the output, in numbers: 2 CHUNK, or 2 (C + K) if that is more.
     """
     chunks = logits.split(max(1, CHUNK // logits.shape[1]))
-    return torch.cat([_largest_log_odds(chunk, slices) for chunk in chunks])
+    return torch.cat([log_odds(chunk, slices).amax(dim=1) for chunk in chunks])
 
 
 def group_score(logits: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
@@ -108,9 +109,10 @@ def group_score(logits: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
     return launch(logits, slices) if runs_on_triton(logits) else reference(logits, slices)
 
 
-def _largest_log_odds(logits: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
+def log_odds(logits: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
+    """g_k [N, K] of all groups; arguments as for `group_score`."""
     odds = [
         (logits[:, others + 1 : stop] - logits[:, others : others + 1]).logsumexp(dim=1)
         for others, stop in slices
     ]
-    return torch.stack(odds, dim=1).amax(dim=1)
+    return torch.stack(odds, dim=1)

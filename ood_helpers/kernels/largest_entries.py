@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ood_helpers.errors import InputError
-from ood_helpers.kernels.launch import OPTIONS, jit, power_of_two, runs_on_triton, tl
+from ood_helpers.kernels.launch import OPTIONS, jit, launcher, power_of_two, runs_on_triton, tl
 from ood_helpers.kernels.selection import largest
 
 CHUNK = 1024  # samples whose largest entries are copied at once
@@ -129,6 +129,7 @@ def _largest_entries_kernel(
     tl.store(kept_total + n, tl.where(whole == whole, kept, whole))
 
 
+@launcher
 def launch(features: Tensor, count: int) -> LargestEntries:
     """The Triton kernel, arguments as for `largest_entries`; D at most LONGEST_ROW. No memory beside the output."""
     n, feature_dim = features.shape

@@ -1,5 +1,6 @@
 """When a kernel runs on Triton, and what the launchers share."""
 
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,17 @@ def runs_on_triton(features: Tensor) -> bool:
     return triton is not None and features.is_cuda and features.dtype == torch.float32
 
 
+def launcher(function):
+    """A function whose kernels go to the GPU of its first argument, where Triton takes the current one by itself."""
+
+    @wraps(function)
+    def launch(features: Tensor, *arguments, **settings):
+        with torch.cuda.device_of(features):
+            return function(features, *arguments, **settings)
+
+    return launch
+
+
 def check_precision(precision: str) -> None:
     """Raise InputError unless `precision` is "ieee" (float32 as it is) or "tf32" (10 bits of mantissa in products)."""
     if precision not in PRECISIONS:
@@ -55,7 +67,8 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-# Bounds of loops over `range` are tl.constexpr: Triton 3.6 cannot interpret others with NumPy 2.4 and later.
+# Bounds of loops over `range` are tl.constexpr: Triton 3.6, which comes with PyTorch 2.11, cannot interpret others with
+# NumPy 2.4 and later.
 
 
 @jit

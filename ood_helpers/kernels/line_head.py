@@ -24,6 +24,7 @@ from ood_helpers.kernels.launch import (
     ceil_div,
     check_precision,
     jit,
+    launcher,
     log_sum_exp,
     power_of_two,
     runs_on_triton,
@@ -31,7 +32,8 @@ from ood_helpers.kernels.launch import (
     weights_by_feature,
 )
 
-CHUNK = 4096  # samples whose features and logits are copied at once
+CHUNK = 2048  # samples whose features and logits are copied at once
+PIECE = 256  # features whose weights are masked at once
 BLOCK_C = 128
 BLOCK_D = 32
 
@@ -88,7 +90,7 @@ def _line_head_kernel(
             g = tl.where(g > clip, clip, g)
             if MASKED_FEATURES:
                 kept = tl.load(feature_mask + k * FEATURE_DIM + d, mask=inside, other=0)
-                g = tl.where(kept[None, :] != 0, g, 0.0)
+                g *= kept.to(tl.float32)[None, :]  # a product keeps NaN
             w = tl.load(
                 weight + d[:, None] * weight_d + classes[None, :] * weight_c, mask=inside[:, None], other=0.0
             )
@@ -108,6 +110,7 @@ def _line_head_kernel(
             )
 
 
+@launcher
 def launch(
     features: Tensor,
     weight: Tensor,
@@ -125,7 +128,7 @@ def launch(
     predicted = _predict(features, weight, bias, clip)
     # A tile holds samples of one class; with about 50 a class a larger one would stay half empty.
     block_n = min(64, max(16, power_of_two(ceil_div(n, num_classes))))
-    counts = predicted.bincount(minlength=num_classes)
+    counts = predicted.new_zeros(num_classes).scatter_add_(0, predicted, torch.ones_like(predicted))
     tiles_until = ((counts + block_n - 1) // block_n).cumsum(0)
     # An upper bound of the number of tiles, so that no count has to come back from the GPU; the rest are empty.
     tile = torch.arange(ceil_div(n, block_n) + min(n, num_classes), device=features.device)
@@ -185,31 +188,34 @@ def reference(
 ) -> Tensor:
     """The same in plain torch, on any device and in any dtype; arguments as for `line_head`.
 
-    One masked matrix product for each class that is predicted. Memory beside the output, in numbers: 3 C D for the head
-    and the masked weights of one class, CHUNK (D + C) for samples, 2 N for their order.
+    One masked matrix product for each class that is predicted, or for each CHUNK of its samples, with PIECE features at a
+    time, whose masked weights stay in the caches from the masking to the product. Memory beside the output, in numbers: C D
+    for the head, 2 PIECE C for masked weights, CHUNK (3 D + 2 C) for samples, 2 N for their order.
     """
     predicted = _predict(features, weight, bias, clip)
     order = predicted.argsort(stable=True)
     by_feature = weight.T.contiguous()
-    kept_buffer, masked_buffer = torch.empty_like(by_feature), torch.empty_like(by_feature)
+    taken, masked = by_feature.new_empty(2, PIECE, len(weight))
+    every = torch.arange(len(by_feature), device=features.device)
     out = features.new_empty(len(features) if output == "energy" else (len(features), len(weight)))
     start = 0
     for k, count in enumerate(predicted.bincount().tolist()):
         if not count:
             continue
-        kept, masked = None, by_feature
-        if feature_mask is not None:
-            kept = feature_mask[k].nonzero().flatten()
-            masked = torch.index_select(by_feature, 0, kept, out=kept_buffer[: len(kept)])
-        if weight_floors is not None:
-            of_class = importance[k] if kept is None else importance[k, kept]
-            # In place in the weights' dtype: comparing into booleans and multiplying by them takes three times as long.
-            keep = torch.mul(masked, of_class[:, None], out=masked_buffer[: len(masked)])
-            masked = keep.gt_(weight_floors[k]).mul_(masked)
+        kept = every if feature_mask is None else feature_mask[k].nonzero().flatten()
         for rows in order[start : start + count].split(CHUNK):
-            g = _clipped(features[rows] if kept is None else features[rows[:, None], kept], clip)
-            logits = torch.addmm(bias, g, masked)
-            out[rows] = logits.logsumexp(dim=1) if output == "energy" else logits
+            g = _clipped(features[rows], clip)
+            z = bias + 0 * g.sum(dim=1, keepdim=True)  # NaN in a feature that is not kept comes through, too
+            if feature_mask is not None:
+                g = g.index_select(1, kept)
+            for places, part in zip(kept.split(PIECE), g.split(PIECE, dim=1), strict=True):
+                w = torch.index_select(by_feature, 0, places, out=taken[: len(places)])
+                if weight_floors is not None:
+                    # In the weights' dtype: comparing into booleans and multiplying by them takes three times as long.
+                    keep = torch.mul(w, importance[k, places, None], out=masked[: len(places)])
+                    w = keep.gt_(weight_floors[k]).mul_(w)
+                z.addmm_(part, w)
+            out[rows] = z.logsumexp(dim=1) if output == "energy" else z
         start += count
     return out
 
@@ -237,7 +243,8 @@ def line_head(
     weight_floors : t [C]; None = keep every weight
     clip : above 0; None = no clipping
     output : "energy" or "logits"
-    precision : of the masked product in Triton, "ieee" or "tf32"; the class is always predicted in full float32
+    precision : of the masked product in Triton, "ieee" or "tf32"; the class is predicted as PyTorch multiplies float32,
+        in full unless it has been told otherwise
 
     Raises
     ------

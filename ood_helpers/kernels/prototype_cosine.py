@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ood_helpers.kernels.launch import OPTIONS, jit, power_of_two, runs_on_triton, tl
+from ood_helpers.kernels.launch import OPTIONS, jit, launcher, power_of_two, runs_on_triton, tl
 
 CHUNK = 1024  # samples whose prototypes are copied at once
 BLOCK_D = 1024
@@ -52,6 +52,7 @@ def _prototype_cosine_kernel(
     tl.store(out + n, tl.sum(product) / prototype_norm / feature_norm)
 
 
+@launcher
 def launch(features: Tensor, prototypes: Tensor, predicted: Tensor) -> Tensor:
     """The Triton kernel, arguments as for `prototype_cosine`. No memory beside the output."""
     n, feature_dim = features.shape

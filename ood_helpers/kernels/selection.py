@@ -8,11 +8,15 @@ THREADS_OF_TOPK = 6
 
 
 def largest(tile: Tensor, k: int) -> Tensor:
-    """The k largest of each row [N, k], or all, in any order; NaN counts as the largest. May reorder the tile [N, D]."""
+    """The k largest of each row [N, k], or all; NaN counts as the largest. May reorder the tile [N, D].
+
+    Their order, and with it the last bits of their sum, depends on the number of threads.
+    """
     width = tile.shape[1]
     if k >= width:
         return tile
-    if tile.is_cuda or torch.get_num_threads() >= THREADS_OF_TOPK:
+    partitions = tile.device.type == "cpu" and tile.dtype in (torch.float32, torch.float64)
+    if not partitions or torch.get_num_threads() >= THREADS_OF_TOPK:
         return tile.topk(k, dim=1, sorted=False).values
     tile.numpy().partition(width - k, axis=1)
     return tile[:, width - k :]

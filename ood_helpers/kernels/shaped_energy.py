@@ -26,6 +26,7 @@ from ood_helpers.kernels.launch import (
     ceil_div,
     check_precision,
     jit,
+    launcher,
     log_sum_exp,
     power_of_two,
     runs_on_triton,
@@ -112,6 +113,7 @@ def _shaped_energy_kernel(
     tl.store(out + n * blocks + block, log_sum_exp(z), mask=present)
 
 
+@launcher
 def launch(
     features: Tensor,
     weight: Tensor,

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from detector_examples import make_bank, random_problem
+from detector_examples import make_bank, random_problem, split
 from numpy.testing import assert_allclose, assert_array_equal
 
 from ood_helpers.detectors import Energy, LINe, ReAct
 from ood_helpers.errors import InputError
 from ood_helpers.features import FeatureBank, Head
+from ood_helpers.kernels.line_head import line_head
 
 CONTRIBUTIONS = [[0.96, -0.03, 0.45, 0.04], [-0.04, 1.35, -0.12, 0.48], [0.18, 0.10, 0.77, -0.10]]
 VECTORS = {
@@ -182,3 +183,22 @@ def test_public_masks_rebuild_the_logits():
 def test_no_sample_at_all(train_bank, head):
     empty = FeatureBank(torch.zeros(0, 4, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.float64))
     assert LINe().fit(train_bank, head).score_samples(empty).shape == (0,)
+
+
+def test_shards_are_scored_together_up_to_a_bound(monkeypatch):
+    """In as many pieces as the bound asks for, with the same scores, in order."""
+    train, head, bank = random_problem(4, 10, 25)
+    calls = []
+
+    def counted(features, *arguments, **settings):
+        calls.append(len(features))
+        return line_head(features, *arguments, **settings)
+
+    monkeypatch.setattr("ood_helpers.detectors.line.line_head", counted)
+    detector = LINe().fit(train, head)
+    expected = detector.score_samples(bank)
+    for bound, pieces in ((0, [4, 4, 12, 5]), (100, [8, 12, 5]), (200, [20, 5]), (2**26, [25])):
+        calls.clear()
+        monkeypatch.setattr(LINe, "joined_features", bound)
+        assert_allclose(detector.score_samples(split(bank, 4, 4, 12, 5)), expected, atol=1e-12)
+        assert calls == pieces

@@ -4,6 +4,8 @@ Without a GPU Triton's kernels run on the CPU through its interpreter (TRITON_IN
 they are compiled. Launchers are called directly, as the public functions take CPU tensors to the torch reference.
 """
 
+import secrets
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,14 @@ needs_triton = pytest.mark.skipif(triton is None, reason="PyTorch has no Triton 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 # samples, classes, features: one sample, the DenseNet's odd width, fewer and more than a block of each
 SHAPES = [(1, 7, 342), (70, 7, 342), (5, 10, 33), (33, 130, 40), (40, 3, 1)]
+
+
+@pytest.fixture
+def fresh_seed() -> int:
+    """Another one in each run; pytest shows it with a test that fails."""
+    seed = secrets.randbelow(2**31)
+    print(f"fresh seed: {seed}")
+    return seed
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -124,9 +124,12 @@ def test_no_sample():
 
 @needs_triton
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_nan_comes_through(clip):
-    arguments = problem(9, 7, 33, "none")
+@pytest.mark.parametrize("pruning", PRUNING)
+def test_nan_comes_through(clip, pruning):
+    """Of a feature that some classes keep and others do not."""
+    arguments = problem(9, 7, 33, pruning)
     arguments[0][4, 5] = float("nan")
+    assert pruning in ("none", "weights") or arguments[4][:, 5].unique().numel() == 2
     for found in (
         kernel.launch(*arguments, clip, "energy", "ieee"),
         kernel.reference(*arguments, clip, "energy"),

@@ -1,0 +1,102 @@
+"""What does a feature bank cost beside the bare network?
+
+    python benchmarks/bench_forward.py --config cifar10_npz --data-root ../shared
+
+Times, in one run and by turns, the same batches through the bare network (already loaded, normalised, channels_last, on
+the device) and through `features.extract`, which loads, transforms, copies, computes, checks and writes; then extract with
+the other kinds of arithmetic that the config offers. Medians of --repeats. Prints the table and writes
+benchmarks/results/forward_<config>.csv and .png with machine, versions and command.
+"""
+
+import ood_helpers  # noqa: F401 - first: it says how threads wait, which is read when torch is loaded
+
+# isort: split
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from recording import draw_bars, experiment_options, record, record_figure, seconds
+
+from ood_helpers.data import image_batches
+from ood_helpers.features import extract, float32_products, pass_batch_size
+from ood_helpers.pipeline import Experiment
+
+
+def main() -> None:
+    parser = experiment_options(__doc__)
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile, too, which takes a minute before it runs"
+    )
+    arguments = parser.parse_args()
+    run = Experiment.open(arguments.config, arguments.data_root, device=arguments.device)
+    network, transform, device = run.start_network().eval(), run.transform, run.device
+    network.to(device, memory_format=torch.channels_last)
+    images = run.image_set("train").take(range(min(arguments.images, len(run.image_set("train")))))
+    plain = run.config.features.model_copy(update={"precision": "float32", "compile": False})
+    size = pass_batch_size(plain, device)
+    batches = [
+        transform.normalise(batch.to(device)).contiguous(memory_format=torch.channels_last)
+        for batch in image_batches(images, transform, 0, len(images), size, plain.workers)
+    ]
+
+    @torch.inference_mode()
+    def bare() -> None:
+        with float32_products():
+            for batch in batches:
+                network(batch)
+
+    options = {"float32": plain, "bfloat16": plain.model_copy(update={"precision": "bfloat16"})}
+    if device.type == "cuda":
+        options["tf32"] = plain.model_copy(update={"precision": "tf32"})
+    if arguments.compile:
+        options["float32, compiled"] = plain.model_copy(update={"compile": True})
+
+    def banked(choice) -> Callable[[], object]:
+        def pass_once() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                extract(network, images, transform, Path(folder), choice, device)
+
+        return pass_once
+
+    passes = {"bare network": bare} | {f"extract, {name}": banked(choice) for name, choice in options.items()}
+    times = {name: [] for name in passes}
+    for repeat in range(arguments.repeats + 1):  # the first is a warm-up
+        for name, function in passes.items():
+            taken = seconds(function, device)
+            if repeat:
+                times[name].append(taken)
+    table = pd.DataFrame(
+        {
+            "pass": name,
+            "images": len(images),
+            "batch_size": size,
+            "milliseconds_per_image": 1000 * pd.Series(taken).median() / len(images),
+            # By turns, so that each pass is compared with its neighbour in time.
+            "throughput_of_bare": (pd.Series(times["bare network"]) / pd.Series(taken)).median(),
+        }
+        for name, taken in times.items()
+    )
+    print(table.round(4).to_string(index=False))
+    versions, name = {"torch": torch.__version__}, f"forward_{arguments.config}"
+    command = f"bench_forward.py --config {arguments.config}{' --compile' * arguments.compile}"
+    record(table, name, device, versions, command)
+    bars = partial(
+        draw_bars,
+        names=table["pass"],
+        values=table.milliseconds_per_image,
+        texts=[
+            f"{row.milliseconds_per_image:.3g} ms, {row.throughput_of_bare:.0%}" for row in table.itertuples()
+        ],
+        label="time for an image (ms) and throughput relative to the bare network",
+        ours=list(table["pass"][1:]),
+    )
+    record_figure(bars, name, device, versions, height=0.6 + 0.4 * len(table))
+
+
+if __name__ == "__main__":
+    main()

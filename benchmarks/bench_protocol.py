@@ -1,0 +1,103 @@
+"""What does a whole comparison cost, against one forward pass for each method and OOD set?
+
+    python benchmarks/bench_protocol.py --config cifar10_npz --data-root ../shared
+
+Ours, from images to the table: one pass over the training images, the ID test set and each OOD set, then fit, scores,
+metrics and intervals of every method that scores banks of the backbone. The other way is that of the reference codes: for
+each method and OOD set the ID test images and the OOD images pass through the network; it is timed for one method
+(energy), on the bare network, and multiplied by the number of methods. What else the reference codes spend, as passes over
+the training images for LINe and HIMPLoS, is left out. Both in one run. Prints the table and writes
+benchmarks/results/protocol_<config>.csv and .png with machine, versions and command.
+"""
+
+import ood_helpers  # noqa: F401 - first: it says how threads wait, which is read when torch is loaded
+
+# isort: split
+import tempfile
+from functools import partial
+
+import pandas as pd
+import torch
+from recording import draw_bars, experiment_options, record, record_figure, seconds
+
+from ood_helpers.data import image_batches
+from ood_helpers.detectors.energy import energy_score
+from ood_helpers.features import float32_products, pass_batch_size
+from ood_helpers.pipeline import Experiment
+
+
+@torch.inference_mode()
+def pass_and_score(run: Experiment, name: str) -> int:
+    """Energy scores of an image set, straight from its images; returns how many."""
+    image_set, size = run.image_set(name), pass_batch_size(run.config.features, run.device)
+    with float32_products():
+        scores = [
+            energy_score(
+                run.network(
+                    run.transform.normalise(batch.to(run.device)).contiguous(
+                        memory_format=torch.channels_last
+                    )
+                )
+            )
+            for batch in image_batches(
+                image_set, run.transform, 0, len(image_set), size, run.config.features.workers
+            )
+        ]
+    return len(torch.cat(scores).cpu())
+
+
+def main() -> None:
+    parser = experiment_options(__doc__)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:  # nothing is there yet: no bank, no score
+        run = Experiment.open(
+            arguments.config, arguments.data_root, run_dir=folder, figures_dir=folder, device=arguments.device
+        )
+        run.network.to(
+            run.device, memory_format=torch.channels_last
+        )  # trained first, where it is trained here
+        rows = [
+            row
+            for row, detector in run.detectors.items()
+            if not detector.network and not detector.needs_images
+        ]
+        images, passed = {}, []
+        banked = seconds(
+            lambda: images.update({name: len(run.bank(name)) for name in ("train", "test", *run.ood_groups)}),
+            run.device,
+        )
+        scored = seconds(lambda: run.results(rows), run.device)
+        per_method = seconds(
+            lambda: passed.extend(
+                pass_and_score(run, name) for ood_set in run.ood_groups for name in ("test", ood_set)
+            ),
+            run.device,
+        )
+    total, every = sum(images.values()), f"a pass for each OOD set, {len(rows)} methods (extrapolated)"
+    table = pd.DataFrame(
+        [
+            ("forward passes into banks", total, banked),
+            (f"{len(rows)} methods from banks to table", 0, scored),
+            ("ours, both", total, banked + scored),
+            ("a pass for each OOD set, one method", sum(passed), per_method),
+            (every, sum(passed) * len(rows), per_method * len(rows)),
+        ],
+        columns=["way", "images", "seconds"],
+    )
+    table["ratio_to_ours"] = table.seconds / (banked + scored)
+    print(table.round(3).to_string(index=False))
+    versions, name = {"torch": torch.__version__}, f"protocol_{arguments.config}"
+    record(table, name, run.device, versions, f"bench_protocol.py --config {arguments.config}")
+    bars = partial(
+        draw_bars,
+        names=table.way,
+        values=table.seconds,
+        texts=[f"{row.seconds:,.3g} s, {row.ratio_to_ours:.2g} of ours" for row in table.itertuples()],
+        label="time (s)",
+        ours=list(table.way[:3]),
+    )
+    record_figure(bars, name, run.device, versions, height=2.4)
+
+
+if __name__ == "__main__":
+    main()
