@@ -899,7 +899,7 @@ class FeaturesConfig(Model):
     )
     compile: bool = Field(
         False,
-        description="torch.compile the network: pays where a pass takes much longer than the minute that costs",
+        description="torch.compile the network: takes a minute and saves about a tenth of a pass on two cores",
     )
 
 

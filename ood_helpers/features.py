@@ -445,7 +445,7 @@ def _extract(network, image_set, transform, directory, options, device) -> Store
         for first in range(start, stop, batch_size)
     ]
     batches = on_device(spanned_batches(image_set, transform, spans, options.workers), device)
-    forward = _forward(network, options, device, batch_size)
+    forward = network_in(network, options, device, batch_size)
     # The shard before is checked and written while the next one is computed.
     with (
         ThreadPoolExecutor(1) as writer,
@@ -502,7 +502,7 @@ def pass_batch_size(options: FeaturesConfig, device: torch.device | str) -> int:
     return options.batch_size or (32 if torch.device(device).type == "cpu" else 256)
 
 
-def _forward(
+def network_in(
     network: Classifier, options: FeaturesConfig, device: torch.device, batch_size: int
 ) -> Callable[[Tensor], Tensor]:
     """Gives the features of a batch, float32, by the arithmetic that the options name."""

@@ -14,6 +14,10 @@ from ood_helpers.pipeline import Experiment
 README = (PROJECT_ROOT / "README.md").read_text()
 
 
+def test_the_ratios_are_those_that_were_measured():
+    assert (PROJECT_ROOT / "benchmarks" / "results" / "summary.md").read_text() in README
+
+
 def test_the_example_config_is_complete(tmp_path):
     path = tmp_path / "my_experiment.yaml"
     path.write_text(re.search(r"```yaml\n(# my_experiment.yaml\n.*?)```", README, re.DOTALL)[1])

@@ -125,7 +125,7 @@ def launch(
     """The Triton kernel, arguments as for `line_head`. Memory beside the output, in numbers: 2 C D for the head, CHUNK
     (D + C) for the prediction, 4 N for the order, N C / 128 for partial energies."""
     (n, feature_dim), num_classes = features.shape, len(weight)
-    predicted = _predict(features, weight, bias, clip)
+    predicted, _ = _predict(features, weight, bias, clip)
     # A tile holds samples of one class; with about 50 a class a larger one would stay half empty.
     block_n = min(64, max(16, power_of_two(ceil_div(n, num_classes))))
     counts = predicted.new_zeros(num_classes).scatter_add_(0, predicted, torch.ones_like(predicted))
@@ -190,9 +190,9 @@ def reference(
 
     One masked matrix product for each class that is predicted, or for each CHUNK of its samples, with PIECE features at a
     time, whose masked weights stay in the caches from the masking to the product. Memory beside the output, in numbers: C D
-    for the head, 2 PIECE C for masked weights, CHUNK (3 D + 2 C) for samples, 2 N for their order.
+    for the head, 2 PIECE C for masked weights, CHUNK (2 D + 2 C) for samples, 3 N for their order.
     """
-    predicted = _predict(features, weight, bias, clip)
+    predicted, zeros = _predict(features, weight, bias, clip)
     order = predicted.argsort(stable=True)
     by_feature = weight.T.contiguous()
     taken, masked = by_feature.new_empty(2, PIECE, len(weight))
@@ -204,10 +204,8 @@ def reference(
             continue
         kept = every if feature_mask is None else feature_mask[k].nonzero().flatten()
         for rows in order[start : start + count].split(CHUNK):
-            g = _clipped(features[rows], clip)
-            z = bias + 0 * g.sum(dim=1, keepdim=True)  # NaN in a feature that is not kept comes through, too
-            if feature_mask is not None:
-                g = g.index_select(1, kept)
+            g = _clipped(features[rows] if feature_mask is None else features[rows[:, None], kept], clip)
+            z = bias + zeros[rows, None]
             for places, part in zip(kept.split(PIECE), g.split(PIECE, dim=1), strict=True):
                 w = torch.index_select(by_feature, 0, places, out=taken[: len(places)])
                 if weight_floors is not None:
@@ -259,10 +257,15 @@ def _clipped(features: Tensor, clip: float | None) -> Tensor:
     return features if clip is None else features.clamp(max=clip)
 
 
-def _predict(features: Tensor, weight: Tensor, bias: Tensor, clip: float | None) -> Tensor:
-    """k [N] int64: the class with the largest logit of the clipped features, through the whole head."""
-    if not len(features):
-        return torch.empty(0, dtype=torch.int64, device=features.device)
-    return torch.cat(
-        [torch.addmm(bias, _clipped(chunk, clip), weight.T).argmax(dim=1) for chunk in features.split(CHUNK)]
-    )
+def _predict(features: Tensor, weight: Tensor, bias: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
+    """k [N] int64, the class with the largest logit of the clipped features through the whole head; and 0 for each sample,
+    but NaN for one with a feature that is NaN, also if its class does not keep that one."""
+    predicted = torch.empty(len(features), dtype=torch.int64, device=features.device)
+    zeros = features.new_empty(len(features))
+    for chunk, classes, nothing in zip(
+        features.split(CHUNK), predicted.split(CHUNK), zeros.split(CHUNK), strict=True
+    ):
+        logits = torch.addmm(bias, _clipped(chunk, clip), weight.T)
+        torch.argmax(logits, dim=1, out=classes)
+        torch.mul(logits[:, 0], 0, out=nothing)
+    return predicted, zeros

@@ -1,8 +1,8 @@
 """Compiles what launchers start, without a GPU: run by test_compiled.py in a process of its own, where Triton does not interpret.
 
 Triton's launch is replaced: the arguments that a launcher passes become the signature of an ahead-of-time compilation for
-an H100 or H200 (compute capability 9.0). Prints one line a kernel: its name, its precision where it has one, and the bytes
-of its stack, to which registers spill.
+an H100 or H200 (compute capability 9.0). Prints one line a kernel: its name, its precision where it has one, the bytes of
+its stack, to which registers spill, and those of its shared memory.
 """
 
 import re
@@ -24,21 +24,34 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 def compile_instead(kernel: JITFunction, *positional, grid, warmup, **named) -> None:
     options = {name: named.pop(name) for name in OPTIONS if name in named}
     values = dict(zip(kernel.arg_names, positional)) | named
-    fixed = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
-    kinds = {
-        name: TYPES[value.dtype]
-        if isinstance(value, torch.Tensor)
-        else "fp32"
-        if isinstance(value, float)
-        else "i64"
-        for name, value in values.items()
-        if name not in fixed
+    # What Triton would do when it is called: 1 becomes a constant, multiples of 16 are known as such.
+    fixed = {
+        p.name: values[p.name] for p in kernel.params if p.is_constexpr or is_number(values[p.name], of=1)
     }
-    signature = {name: "constexpr" if name in fixed else kinds[name] for name in kernel.arg_names}
+    signature, multiples = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        value = values[name]
+        signature[name] = "constexpr" if name in fixed else type_of(value)
+        if name not in fixed and (isinstance(value, torch.Tensor) or is_number(value, of=16)):
+            multiples[(place,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=fixed), target=GPUTarget("cuda", 90, 32), options=options
+        ASTSource(kernel, signature, constexprs=fixed, attrs=multiples),
+        target=GPUTarget("cuda", 90, 32),
+        options=options,
     )
-    print(kernel.__name__, values.get("PRECISION", "-"), spilled_bytes(compiled.asm["cubin"]))
+    stack = spilled_bytes(compiled.asm["cubin"])
+    print(kernel.__name__, values.get("PRECISION", "-"), stack, compiled.metadata.shared)
+
+
+def is_number(value: object, of: int) -> bool:
+    """Whether it is 1, or a whole multiple of another number."""
+    return type(value) is int and (value == 1 if of == 1 else value % of == 0)
+
+
+def type_of(value: torch.Tensor | int | float) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 def spilled_bytes(cubin: bytes) -> int:

@@ -24,8 +24,8 @@ def test_every_kernel_compiles_and_its_numbers_stay_in_registers(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert {name for name, _, _ in lines} == KERNELS
-    assert {precision for name, precision, _ in lines if name == "_line_head_kernel"} == {"ieee", "tf32"}
+    assert {name for name, *_ in lines} == KERNELS
+    assert {precision for name, precision, *_ in lines if name == "_line_head_kernel"} == {"ieee", "tf32"}
     # A few addresses of the surroundings of a loop may go to the stack, the tiles in the loop (16 kB and more) may not.
-    spilled = {(name, precision): int(stack) for name, precision, stack in lines if int(stack) > 256}
-    assert not spilled
+    assert max(int(stack) for *_, stack, _ in lines) <= 64
+    assert max(int(shared) for *_, shared in lines) <= 99 * 1024  # what a GeForce or an A10 has, too
