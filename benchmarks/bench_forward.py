@@ -19,12 +19,23 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from recording import draw_bars, experiment_options, record, record_figure, seconds
+from matplotlib.figure import Figure
+from recording import draw_bars, experiment_options, record, record_figure, seconds, short
 
 from ood_helpers.config import FeaturesConfig
 from ood_helpers.data import image_batches
 from ood_helpers.features import extract, float32_products, network_in, pass_batch_size
 from ood_helpers.pipeline import Experiment
+
+
+def draw(figure: Figure, table: pd.DataFrame) -> None:
+    values, names = table.milliseconds_per_image, table["pass"]
+    texts = [
+        f"{short(value)} ms" + f", {share:.0%} of bare throughput" * name.startswith("extract")
+        for name, value, share in zip(names, values, table.throughput_of_bare)
+    ]
+    ours = [name for name in names if name.startswith("extract")]
+    draw_bars(figure, names, values, texts, label="time for an image (ms)", ours=ours, log=False)
 
 
 def main() -> None:
@@ -98,17 +109,7 @@ def main() -> None:
     versions, name = {"torch": torch.__version__}, f"forward_{arguments.config}"
     command = f"bench_forward.py --config {arguments.config}{' --compile' * arguments.compile}"
     record(table, name, device, versions, command)
-    bars = partial(
-        draw_bars,
-        names=table["pass"],
-        values=table.milliseconds_per_image,
-        texts=[
-            f"{row.milliseconds_per_image:.3g} ms, {row.throughput_of_bare:.0%}" for row in table.itertuples()
-        ],
-        label="time for an image (ms) and throughput relative to the bare network",
-        ours=[name for name in table["pass"] if name.startswith("extract")],
-    )
-    record_figure(bars, name, device, versions, height=0.6 + 0.4 * len(table))
+    record_figure(partial(draw, table=table), name, device, versions, height=0.6 + 0.4 * len(table))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from recording import draw_bars, experiment_options, record, record_figure, seconds
+from matplotlib.figure import Figure
+from recording import draw_bars, experiment_options, record, record_figure, seconds, short
 from torch import Tensor
 
 from ood_helpers.backbones import Classifier
@@ -61,12 +62,14 @@ def normalised(run: Experiment, images: ImageSet) -> list[Tensor]:
     ]
 
 
-def text(row: pd.Series) -> str:
-    ratio = row.times_faster_than_autograd
-    faster = f"{float(f'{ratio:.2g}'):,.0f}" if ratio >= 9.95 else f"{ratio:.2g}"
-    return f"{row.milliseconds_per_image:.2g} ms" + (
-        "" if row.table == AUTOGRAD else f", {faster} times faster"
-    )
+def draw(figure: Figure, table: pd.DataFrame) -> None:
+    texts = [
+        f"{short(row.milliseconds_per_image, 2)} ms"
+        + f", {short(row.times_faster_than_autograd, 2)} times faster" * (row.table != AUTOGRAD)
+        for row in table.itertuples()
+    ]
+    label, ours = "time for an image (ms)", [WITH_PASS, FROM_BANK]
+    draw_bars(figure, table.table, table.milliseconds_per_image, texts, label=label, ours=ours)
 
 
 def main() -> None:
@@ -129,15 +132,7 @@ def main() -> None:
     versions, name = {"torch": torch.__version__}, f"precompute_{arguments.config}"
     command = f"bench_precompute.py --config {arguments.config} --images {arguments.images}"
     record(table, name, run.device, versions, command)
-    bars = partial(
-        draw_bars,
-        names=table.table,
-        values=table.milliseconds_per_image,
-        texts=[text(row) for row in table.itertuples()],
-        label="time for an image (ms)",
-        ours=[WITH_PASS, FROM_BANK],
-    )
-    record_figure(bars, name, run.device, versions, height=2.2)
+    record_figure(partial(draw, table=table), name, run.device, versions, height=2.2)
 
 
 if __name__ == "__main__":

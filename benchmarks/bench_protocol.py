@@ -18,7 +18,8 @@ from functools import partial
 
 import pandas as pd
 import torch
-from recording import draw_bars, experiment_options, record, record_figure, seconds
+from matplotlib.figure import Figure
+from recording import draw_bars, experiment_options, record, record_figure, seconds, short
 
 from ood_helpers.data import image_batches
 from ood_helpers.detectors.energy import energy_score
@@ -44,6 +45,11 @@ def pass_and_score(run: Experiment, name: str) -> int:
             )
         ]
     return len(torch.cat(scores).cpu())
+
+
+def draw(figure: Figure, table: pd.DataFrame) -> None:
+    texts = [f"{short(row.seconds)} s, {short(row.ratio_to_ours, 2)} of ours" for row in table.itertuples()]
+    draw_bars(figure, table.way, table.seconds, texts, label="time (s)", ours=list(table.way[:3]))
 
 
 def main() -> None:
@@ -88,15 +94,7 @@ def main() -> None:
     print(table.round(3).to_string(index=False))
     versions, name = {"torch": torch.__version__}, f"protocol_{arguments.config}"
     record(table, name, run.device, versions, f"bench_protocol.py --config {arguments.config}")
-    bars = partial(
-        draw_bars,
-        names=table.way,
-        values=table.seconds,
-        texts=[f"{row.seconds:,.3g} s, {row.ratio_to_ours:.2g} of ours" for row in table.itertuples()],
-        label="time (s)",
-        ours=list(table.way[:3]),
-    )
-    record_figure(bars, name, run.device, versions, height=2.4)
+    record_figure(partial(draw, table=table), name, run.device, versions, height=2.4)
 
 
 if __name__ == "__main__":

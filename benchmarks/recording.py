@@ -111,19 +111,29 @@ def draw_bars(
     texts: Sequence[str],
     label: str,
     ours: Sequence[str],
+    log: bool = True,
 ) -> None:
-    """One horizontal bar a name on a log axis, its text beside it; those of `ours` in the colour of ID images."""
+    """One horizontal bar a name, its text beside it; those of `ours` in the colour of ID images."""
     axes = figure.subplots()
     for row, (name, value, text) in enumerate(zip(names, values, texts, strict=True)):
         axes.barh(row, value, height=0.6, color=ID_COLOUR if name in ours else COLOURS[0])
         axes.annotate(text, (value, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xscale("log")
     low, high = min(values), max(values)
-    axes.set_xlim(low / 3, (high / low) ** 0.5 * high)  # with room for the text
-    axes.set_xlabel(f"{label}, log scale, lower is better")
+    if log:  # either way with room for the text
+        axes.set_xscale("log")
+        axes.set_xlim(low / 3, (high / low) ** 0.8 * high)
+    else:
+        axes.set_xlim(0, 1.5 * high)
+    axes.set_xlabel(f"{label}{', log scale' * log}, lower is better")
     axes.grid(True, axis="x")
+
+
+def short(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits and no exponent."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if rounded >= 10 ** (digits - 1) else f"{rounded:g}"
 
 
 def _path(name: str, device: str | torch.device, ending: str) -> Path:

@@ -6,11 +6,11 @@
 The largest cosines of every query are kept while the training features pass block by block; no table [N, N_train] is made.
 
 There is no Triton kernel. A pair of D features costs 2 D operations in the product and 8 bytes of cosine, written once and
-read by the selection; a kernel of both could save the selection at most. On the CPU (one core, float64, 2,048 queries, 50,000
-training features, D = 342) the selection takes 0.17, 0.19 and 0.22 s of 1.08, 1.10 and 1.15 s for k = 1, 50 and 200, so less
-than a fifth. The share falls as D grows: at an H200's 67 TFLOP/s in float64 and 4.8 TB/s, the product of a pair takes 10 ps
-at D = 342 and 61 ps at D = 2048, the way of its cosine to memory and back 3 ps (calculated, not measured). And distances
-near 0 need float64, which the other kernels do not have.
+read by the selection; a kernel of both could save what is not the product, at most. benchmarks/bench_kernels.py times the
+product alone beside the whole: on two CPU cores, in float32, it is more than half of the time. On an H200 its share should
+be larger: at 67 TFLOP/s in float64 and 4.8 TB/s the product of a pair takes 10 ps at D = 342 and 61 ps at D = 2048, the way
+of its cosine to memory and back 3 ps (calculated, not measured). And distances near 0 need float64, which the other kernels
+do not have.
 
 Source: Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022, arXiv 2204.06507.
 """

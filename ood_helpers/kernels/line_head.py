@@ -33,7 +33,7 @@ from ood_helpers.kernels.launch import (
 )
 
 CHUNK = 2048  # samples whose features and logits are copied at once
-PIECE = 256  # features whose weights are masked at once
+PIECE = 2048  # features whose weights are masked at once
 BLOCK_C = 128
 BLOCK_D = 32
 
@@ -188,29 +188,38 @@ def reference(
 ) -> Tensor:
     """The same in plain torch, on any device and in any dtype; arguments as for `line_head`.
 
-    One masked matrix product for each class that is predicted, or for each CHUNK of its samples, with PIECE features at a
-    time, whose masked weights stay in the caches from the masking to the product. Memory beside the output, in numbers: C D
-    for the head, 2 PIECE C for masked weights, CHUNK (2 D + 2 C) for samples, 3 N for their order.
+    One masked matrix product for each class that is predicted, or for each CHUNK of its samples, with up to PIECE features
+    at a time. Memory beside the output, in numbers: C D for the head, 2 PIECE C for masked weights, CHUNK (2 D + 2 C) for
+    samples, 3 N for their order.
     """
     predicted, zeros = _predict(features, weight, bias, clip)
     order = predicted.argsort(stable=True)
     by_feature = weight.T.contiguous()
-    taken, masked = by_feature.new_empty(2, PIECE, len(weight))
-    every = torch.arange(len(by_feature), device=features.device)
+    taken, masked = by_feature.new_empty(2, min(PIECE, len(by_feature)), len(weight))
     out = features.new_empty(len(features) if output == "energy" else (len(features), len(weight)))
     start = 0
     for k, count in enumerate(predicted.bincount().tolist()):
         if not count:
             continue
-        kept = every if feature_mask is None else feature_mask[k].nonzero().flatten()
+        kept = None if feature_mask is None else feature_mask[k].nonzero().flatten()
+        # Where most are kept, a copy of their weights does not pay.
+        few = kept is not None and 2 * len(kept) < len(by_feature)
+        if weight_floors is not None:
+            of_class = importance[k, kept] if few else importance[k]
         for rows in order[start : start + count].split(CHUNK):
-            g = _clipped(features[rows] if feature_mask is None else features[rows[:, None], kept], clip)
+            g = _clipped(features[rows[:, None], kept] if few else features[rows], clip)
+            if kept is not None and not few:
+                g = g * feature_mask[k]
             z = bias + zeros[rows, None]
-            for places, part in zip(kept.split(PIECE), g.split(PIECE, dim=1), strict=True):
-                w = torch.index_select(by_feature, 0, places, out=taken[: len(places)])
+            for first in range(0, g.shape[1], PIECE):
+                piece = slice(first, first + PIECE)
+                part = g[:, piece]
+                w = by_feature[piece]
+                if few:
+                    w = torch.index_select(by_feature, 0, kept[piece], out=taken[: part.shape[1]])
                 if weight_floors is not None:
                     # In the weights' dtype: comparing into booleans and multiplying by them takes three times as long.
-                    keep = torch.mul(w, importance[k, places, None], out=masked[: len(places)])
+                    keep = torch.mul(w, of_class[piece, None], out=masked[: len(w)])
                     w = keep.gt_(weight_floors[k]).mul_(w)
                 z.addmm_(part, w)
             out[rows] = z.logsumexp(dim=1) if output == "energy" else z
