@@ -125,7 +125,7 @@ def draw_bars(
         axes.set_xscale("log")
         axes.set_xlim(low / 3, (high / low) ** 0.8 * high)
     else:
-        axes.set_xlim(0, 1.5 * high)
+        axes.set_xlim(0, 1.7 * high)
     axes.set_xlabel(f"{label}{', log scale' * log}, lower is better")
     axes.grid(True, axis="x")
 

@@ -125,18 +125,15 @@ class FeatureBank:
         """The bank in pieces that fit in memory; this one is a single piece."""
         yield self
 
-    @classmethod
-    def joined(cls, shards: Sequence[Self]) -> Self:
-        """The samples of several shards as one; a single one is not copied."""
+    @staticmethod
+    def joined(shards: "Sequence[FeatureBank]") -> "FeatureBank":
+        """The samples of several shards as one FeatureBank; a single shard is given back as it is."""
         if len(shards) == 1:
             return shards[0]
-        first, values = shards[0], {}
-        for item in fields(first):
-            parts = [getattr(shard, item.name) for shard in shards]
-            if isinstance(parts[0], Tensor):
-                values[item.name] = torch.cat(parts)
-        taps = {name: torch.cat([shard.taps[name] for shard in shards]) for name in first.taps}
-        return replace(first, **values, taps=taps)
+        labels = None if shards[0].labels is None else torch.cat([shard.labels for shard in shards])
+        taps = {name: torch.cat([shard.taps[name] for shard in shards]) for name in shards[0].taps}
+        features = torch.cat([shard.features for shard in shards])
+        return FeatureBank(features, torch.cat([shard.logits for shard in shards]), labels, taps)
 
     def to(self, device: torch.device | str) -> Self:
         """The bank with all its tensors on a device."""

@@ -1017,6 +1017,8 @@ class Experiment:
             code.append(_hash_of([foreground]))
         if isinstance(base, DFB):
             code.append(_code_of(type(base.make_host())))
+        if base.group_softmax:
+            code.append(_hash_of([groups]))
         if base.needs_validation or row in self.tuned_rows:  # the metrics have a say in what is chosen
             code.append(_hash_of([metrics]))
         if row in self.tuned_rows:

@@ -314,16 +314,27 @@ def test_a_method_that_tunes_itself_asks_for_validation_images(finished):
         run.detector("mahalanobis_ensemble")
 
 
-def test_scores_rest_on_the_code_of_their_own_detector(monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "users"),
+    [
+        ("kernels.shaped_energy", {"react", "dice"}),
+        ("kernels.line_head", {"line"}),
+        (
+            "kernels.launch",
+            {"react", "dice", "line", "msp"},
+        ),  # the base of all asks it where scores are computed
+        ("detectors.percentile", {"line", "dice"}),
+    ],
+)
+def test_scores_rest_on_the_code_of_their_own_detector(module, users, monkeypatch):
     code = {name: pipeline._code_of(DETECTORS[name]) for name in ("react", "line", "dice", "msp")}
     assert len(set(code.values())) == 4
     source = inspect.getsource
-    energy = sys.modules["ood_helpers.detectors.energy"]
+    changed = sys.modules[f"ood_helpers.{module}"]
     monkeypatch.setattr(
-        "inspect.getsource", lambda module: source(module) + ("# changed" if module is energy else "")
+        "inspect.getsource", lambda what: source(what) + ("# changed" if what is changed else "")
     )
-    changed = {name for name in code if pipeline._code_of(DETECTORS[name]) != code[name]}
-    assert changed == {"react", "line", "dice"}  # all but MSP score by the energy
+    assert {name for name in code if pipeline._code_of(DETECTORS[name]) != code[name]} == users
 
 
 def test_scores_match_the_results(finished):

@@ -38,7 +38,7 @@ class Detector:
     title: ClassVar[str] = "Detector"
     source: ClassVar[str] = ""
     group_softmax: ClassVar[bool] = False  # whether the head has a softmax for each group of classes
-    float32_on_cuda: ClassVar[bool] = False  # whether scoring goes through a kernel of ood_helpers.kernels
+    float32_on_cuda: ClassVar[bool] = False  # whether scoring goes through a Triton kernel there
     joined_features: ClassVar[int] = 0  # numbers up to which shards are scored as one, where that is faster
 
     def __post_init__(self) -> None:
@@ -265,8 +265,8 @@ class Detector:
         for shard in shards:
             numbers = sum(map(len, (*waiting, shard))) * shard.features.shape[1]
             if waiting and numbers > self.joined_features:
-                yield FeatureBank.joined(waiting)
-                waiting = []
+                piece, waiting = FeatureBank.joined(waiting), []
+                yield piece
             waiting.append(shard)
             if not self.joined_features:  # at once, as one more would have to be in memory
                 yield waiting.pop()

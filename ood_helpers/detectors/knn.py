@@ -23,7 +23,7 @@ class KNN(Detector):
     features pass block by block. A feature of zeros has the cosine 0 with all others.
 
     Memory, in float64 numbers beside the bank's shard and one training shard: QUERIES * 4 k for the cosines that are kept,
-    BLOCK * D for a block of training features, CHUNK * (BLOCK + 4 k) for the samples compared with it at once, 16 times
+    BLOCK * D for a block of training features, CHUNK * (BLOCK + 4 k) for the samples compared with it at once, 8 times
     that on CUDA; nothing grows with the number of images.
 
     Hyper-parameters

@@ -40,7 +40,7 @@ class LINe(Detector):
     contributions_ : A [C, D] float64
 
     Samples are grouped by predicted class, which costs one masked [C, D] matrix product for each class among them. Hence
-    the shards of a bank are scored together, up to 2^26 features at once: half a gigabyte in float64.
+    the shards of a bank are scored together, up to 2^26 features at once: with their copy in float64 some 1.5 gigabytes.
     The first score after a change of `weight_percentile` computes C thresholds over C x D numbers each.
     """
 

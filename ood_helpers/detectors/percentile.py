@@ -30,7 +30,7 @@ def order_statistics(values: Tensor, q: float, dim: int | None = None) -> tuple[
     if values.is_cuda:
         lower, upper = values.sort(dim=-1).values[..., ranks].unbind(-1)
     else:
-        # One rank at a time: NumPy takes several times as long for two. Behind the first the second is the smallest.
+        # One rank at a time: NumPy takes several times as long for two of many values. Behind the first the second is the smallest.
         ordered = np.partition(values.detach().numpy(), ranks[0], axis=-1)
         lower = upper = ordered[..., ranks[0]].copy()  # a view would keep all of them
         if ranks[1] > ranks[0]:

@@ -65,11 +65,20 @@ def test_the_reference_is_the_formula(shape, pruning, clip):
     torch.testing.assert_close(line_head(*arguments, clip), expected.logsumexp(1), rtol=1e-12, atol=1e-12)
 
 
-def test_chunks_change_nothing(monkeypatch):
-    arguments = in_double(problem(70, 7, 342))
-    whole = line_head(*arguments, 0.75)
-    monkeypatch.setattr(kernel, "CHUNK", 3)
-    torch.testing.assert_close(line_head(*arguments, 0.75), whole, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("pruning", PRUNING)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_chunks_and_pieces_change_nothing(pruning, share, monkeypatch):
+    """Whether few or most of the features are kept."""
+    features, weight, bias, importance, mask, floors = in_double(problem(70, 7, 342, pruning))
+    if mask is not None:
+        mask = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) < share
+    arguments = features, weight, bias, importance, mask, floors
+    expected = sample_by_sample(*arguments, 0.75)
+    for chunk, piece in ((3, 2048), (2048, 5), (3, 5)):
+        monkeypatch.setattr(kernel, "CHUNK", chunk)
+        monkeypatch.setattr(kernel, "PIECE", piece)
+        found = line_head(*arguments, 0.75, output="logits")
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @needs_triton
