@@ -7,8 +7,8 @@ The largest cosines of every query are kept while the training features pass blo
 
 There is no Triton kernel. A pair of D features costs 2 D operations in the product and 8 bytes of cosine, written once and
 read by the selection; a kernel of both could save what is not the product, at most. benchmarks/bench_kernels.py times the
-product alone beside the whole: on two CPU cores, in float32, it is more than half of the time. On an H200 its share should
-be larger: at 67 TFLOP/s in float64 and 4.8 TB/s the product of a pair takes 10 ps at D = 342 and 61 ps at D = 2048, the way
+product alone beside the whole: on two CPU cores, in float32 and float64, it is more than half of the time. On an H200 its
+share should be larger: at 67 TFLOP/s in float64 and 4.8 TB/s the product of a pair takes 10 ps at D = 342 and 61 ps at D = 2048, the way
 of its cosine to memory and back 3 ps (calculated, not measured). And distances near 0 need float64, which the other kernels
 do not have.
 
