@@ -7,27 +7,15 @@ made at each forward pass, as the public code does; and a training step without 
 network without masks and writes benchmarks/results/masks_<config>.csv with machine, versions and command.
 """
 
-import time
 from collections.abc import Callable
 
 import pandas as pd
 import torch
-from recording import experiment_options, record
+from recording import experiment_options, record, seconds
 
 from ood_helpers.pipeline import Experiment
 from ood_helpers.training.classifier import load_images, to_network
 from ood_helpers.training.weight_masks import attach_masks, freeze_weights, masks_of
-
-
-def median_seconds(step: Callable[[], None], device: torch.device, repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return float(pd.Series(times[1:]).median())
 
 
 def main() -> None:
@@ -71,16 +59,20 @@ def main() -> None:
         ("training step", "without masks"): train(plain),
         ("training step", "with masks"): train(masked),
     }
-    seconds = {case: median_seconds(step, run.device, arguments.repeats) for case, step in cases.items()}
+    medians = {}
+    for case, step in cases.items():
+        step()  # warm-up
+        times = [seconds(step, run.device) for _ in range(arguments.repeats)]
+        medians[case] = float(pd.Series(times).median())
     table = pd.DataFrame(
         {
             "what": what,
             "network": network,
             "batch_size": arguments.batch_size,
             "seconds": value,
-            "ratio_to_without": value / seconds[what, "without masks"],
+            "ratio_to_without": value / medians[what, "without masks"],
         }
-        for (what, network), value in seconds.items()
+        for (what, network), value in medians.items()
     )
     print(table.round(4).to_string(index=False))
     command = f"bench_masks.py --config {arguments.config}"

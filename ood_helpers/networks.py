@@ -211,13 +211,14 @@ class ExperimentNetwork:
         """The last feature maps [B, D, h, w] of an image set, batch by batch; nothing is kept."""
         run = self.experiment
         image_set, batch_size = run.image_set(name), pass_batch_size(run.config.features, run.device)
-        with (
-            track(description=f"Feature maps of {image_set.name}", total=len(image_set), unit="image") as bar,
-            float32_products(),
-        ):
+        with track(
+            description=f"Feature maps of {image_set.name}", total=len(image_set), unit="image"
+        ) as bar:
             for images in image_batches(image_set, run.transform, 0, len(image_set), batch_size):
                 inputs = run.transform.normalise(images.to(run.device))
-                yield self.network.feature_map(inputs.contiguous(memory_format=torch.channels_last))
+                with float32_products():  # not while the caller has the maps
+                    maps = self.network.feature_map(inputs.contiguous(memory_format=torch.channels_last))
+                yield maps
                 bar.update(len(images))
 
     def activation_maps(self, name: str, config: MasksConfig) -> StoredMaps:

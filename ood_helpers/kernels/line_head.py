@@ -125,7 +125,8 @@ def launch(
     """The Triton kernel, arguments as for `line_head`. Memory beside the output, in numbers: 2 C D for the head, CHUNK
     (D + C) for the prediction, 4 N for the order, N C / 128 for partial energies."""
     (n, feature_dim), num_classes = features.shape, len(weight)
-    predicted, _ = _predict(features, weight, bias, clip)
+    has_masks = feature_mask is not None or weight_floors is not None
+    predicted, _ = _predict(features, weight, bias, clip, has_masks)
     # A tile holds samples of one class; with about 50 a class a larger one would stay half empty.
     block_n = min(64, max(16, power_of_two(ceil_div(n, num_classes))))
     counts = predicted.new_zeros(num_classes).scatter_add_(0, predicted, torch.ones_like(predicted))
@@ -192,7 +193,8 @@ def reference(
     at a time. Memory beside the output, in numbers: C D for the head, 2 PIECE C for masked weights, CHUNK (2 D + 2 C) for
     samples, 3 N for their order.
     """
-    predicted, zeros = _predict(features, weight, bias, clip)
+    has_masks = feature_mask is not None or weight_floors is not None
+    predicted, zeros = _predict(features, weight, bias, clip, has_masks)
     order = predicted.argsort(stable=True)
     by_feature = weight.T.contiguous()
     taken, masked = by_feature.new_empty(2, min(PIECE, len(by_feature)), len(weight))
@@ -266,9 +268,15 @@ def _clipped(features: Tensor, clip: float | None) -> Tensor:
     return features if clip is None else features.clamp(max=clip)
 
 
-def _predict(features: Tensor, weight: Tensor, bias: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
+def _predict(
+    features: Tensor, weight: Tensor, bias: Tensor, clip: float | None, has_masks: bool
+) -> tuple[Tensor, Tensor]:
     """k [N] int64, the class with the largest logit of the clipped features through the whole head; and 0 for each sample,
-    but NaN for one with a feature that is NaN, also if its class does not keep that one."""
+    but NaN for one with a feature that is NaN, also if its class does not keep that one. Without masks nothing hangs on
+    the class, and all are 0."""
+    if not has_masks:
+        zeros = features.new_zeros(len(features))
+        return zeros.long(), zeros
     predicted = torch.empty(len(features), dtype=torch.int64, device=features.device)
     zeros = features.new_empty(len(features))
     for chunk, classes, nothing in zip(
