@@ -50,7 +50,7 @@ def keep_largest(scores: Tensor, dropped: int) -> Tensor:
     """The mask of scores of any shape: 0 for the `dropped` smallest |s|, of equal ones the first, and 1 for all others."""
     order = scores.detach().abs().flatten().argsort(stable=True)
     mask = torch.ones_like(order, dtype=scores.dtype)
-    mask[order[:dropped]] = 0
+    mask.index_fill_(0, order[:dropped], 0)  # an assignment would copy the 0 to a GPU, and wait for it
     return mask.view(scores.shape)
 
 
