@@ -396,7 +396,7 @@ def test_a_detector_computes_on_its_device_and_gives_scores_back():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @every_detector
 def test_a_bank_in_memory_is_scored_on_the_gpu(name):
-    train, head, bank = random_problem(10, 342, 200)
+    train, head, bank = random_problem(10, 342, 200, train=400)
     train, head, bank = cast(train, torch.float32), head.to(torch.float32), cast(bank, torch.float32)
     detector = make(name).fit(train, head)
     expected = detector.score_samples(bank)
@@ -412,7 +412,7 @@ def test_a_bank_in_memory_is_scored_on_the_gpu(name):
 @every_detector
 def test_cuda_agrees_with_the_cpu(name, dtype):
     """A bank on the GPU with a detector fitted from the CPU, and one fitted from the GPU."""
-    train, head, bank = random_problem(10, 342, 200)
+    train, head, bank = random_problem(10, 342, 200, train=400)
     train, head, bank = cast(train, dtype), head.to(dtype), cast(bank, dtype)
     expected = make(name).fit(train, head).score_samples(bank)
     cuda = FeatureBank(bank.features.cuda(), bank.logits.cuda())
