@@ -12,6 +12,7 @@ arXiv 2105.01879, section 3.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -63,6 +64,13 @@ def _group_score_kernel(
     tl.store(out + rows, best, mask=present)
 
 
+@lru_cache(maxsize=16)
+def _bounds(slices: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """First columns and stops on the device, copied once: every copy waits for the GPU."""
+    first, stop = torch.tensor(slices, device=device).T.contiguous()
+    return first, stop
+
+
 @launcher
 def launch(logits: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
     """The Triton kernel, arguments as for `group_score`. Beside the output: 2 K integers."""
@@ -70,7 +78,7 @@ def launch(logits: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
     out = logits.new_empty(samples)
     if not samples:
         return out
-    first, stop = torch.tensor(slices, device=logits.device).T.contiguous()
+    first, stop = _bounds(tuple(map(tuple, slices)), logits.device)
     block_c = min(BLOCK_C, power_of_two(max(end - start for start, end in slices) - 1))
     block_n = BLOCK // block_c
     _group_score_kernel[(ceil_div(samples, block_n),)](

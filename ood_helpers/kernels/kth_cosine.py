@@ -5,12 +5,11 @@
 
 The largest cosines of every query are kept while the training features pass block by block; no table [N, N_train] is made.
 
-There is no Triton kernel. A pair of D features costs 2 D operations in the product and 8 bytes of cosine, written once and
-read by the selection; a kernel of both could save what is not the product, at most. benchmarks/bench_kernels.py times the
-product alone beside the whole: on two CPU cores, in float32 and float64, it is more than half of the time. On an H200 its
-share should be larger: at 67 TFLOP/s in float64 and 4.8 TB/s the product of a pair takes 10 ps at D = 342 and 61 ps at D = 2048, the way
-of its cosine to memory and back 3 ps (calculated, not measured). And distances near 0 need float64, which the other kernels
-do not have.
+There is no Triton kernel: the selection needs more time than the product, and sorting is what libraries are good at.
+benchmarks/bench_kernels.py times the product alone beside the whole: more than half of the time on two CPU cores, in float32
+and float64; on an H200 a third in float32 and a quarter in float64. There torch.topk over all training features at once takes
+less than half of the time of this function, and N N_train numbers of memory. Distances near 0 need float64, which the other
+kernels do not have.
 
 Source: Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022, arXiv 2204.06507.
 """

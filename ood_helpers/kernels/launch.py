@@ -1,5 +1,6 @@
 """When a kernel runs on Triton, and what the launchers share."""
 
+from dataclasses import dataclass
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,17 @@ except ImportError:  # PyTorch brings no Triton to macOS; there only the torch r
 PRECISIONS = ("ieee", "tf32")
 # Contraction of a * b + c to one rounding: said, as Triton's default changes between versions.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a matrix product computes with 4 warps: `samples` x `classes` logits, from `features` features
+    at a time, loaded `stages` - 1 steps ahead."""
+
+    samples: int
+    classes: int
+    features: int
+    stages: int
 
 
 def jit(function):

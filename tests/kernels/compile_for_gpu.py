@@ -82,6 +82,8 @@ def main() -> None:
         shaped_energy.launch(
             *head, clip=1.0, class_mask=mask, predicted=predicted, scale=factor, precision=precision
         )
+    wide = torch.rand(samples, 352), torch.rand(classes, 352), bias
+    shaped_energy.launch(*wide, class_mask=wide[1] > 0.5, predicted=predicted, precision="tf32")
     shaped_energy.launch(*head, largest=largest, gain=factor)
     shaped_energy.launch(*head, largest=largest, gain=factor, binary=True)
 

@@ -10,6 +10,7 @@ from kernel_examples import needs_triton
 KERNELS = {
     "_group_score_kernel",
     "_largest_entries_kernel",
+    "_last_kernel",
     "_line_head_kernel",
     "_prototype_cosine_kernel",
     "_shaped_energy_kernel",
