@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ood_helpers.config import PROJECT_ROOT, config_names, load_config, resolve_path
 from ood_helpers.errors import InputError
-from ood_helpers.pipeline import Experiment
+from ood_helpers.experiment import Experiment
 from ood_helpers.report import write_manifest, write_report
 from ood_helpers.runner import Outcome, Runner, Task, plan
 
@@ -28,40 +28,25 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--config", default="digits", help="experiment name in configs/ or path to a YAML file"
-    )
+    parser.add_argument("--config", default="digits", help="experiment in configs/ or path of a YAML file")
     parser.add_argument("--data-root", default="", help="folder that ${data_root} stands for (default: data)")
-    parser.add_argument(
-        "--only", nargs="+", metavar="NOTEBOOK", help="run only these notebooks, e.g. 12_line"
-    )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="e.g. himplos.percentile=50",
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run of the notebooks a seed"
-    )
+    parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="these notebooks only, e.g. 12_line")
+    settings = {"action": "extend", "default": [], "metavar": "KEY=VALUE"}
+    parser.add_argument("--set", nargs="+", **settings, help="change settings, e.g. himplos.percentile=50")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run per seed")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--force", action="store_true", help="run notebooks that are up to date, too")
-    parser.add_argument("--skip-missing", action="store_true", help="go on without OOD sets that are missing")
     parser.add_argument(
-        "--skip-unreadable", action="store_true", help="leave unreadable images out and record them"
+        "--skip-missing", action="store_true", help="continue without OOD sets that are missing"
+    )
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out unreadable images, on record"
     )
     parser.add_argument("--run-dir", default="", help="banks, scores, notebooks and report (default: runs)")
-    parser.add_argument(
-        "--figures-dir",
-        default="",
-        help="figures and tables (default: figures, with --set runs/changed_settings)",
-    )
-    parser.add_argument(
-        "--list", action="store_true", help="list notebooks, experiments and detectors, and stop"
-    )
+    places = "figures and tables (default: figures, with --set runs/changed_settings)"
+    parser.add_argument("--figures-dir", default="", help=places)
+    parser.add_argument("--list", action="store_true", help="list notebooks, experiments, detectors; stop")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
@@ -80,9 +65,9 @@ def show_list(experiment: Experiment) -> None:
     for name in config_names():
         console.print(f"  {name:24}{load_config(name).description}")
     console.print(f"[bold]Detectors of {experiment.config.name}[/bold]")
-    for row, detector in experiment.detectors.items():
-        settings = ", ".join(f"{key}={value}" for key, value in detector.hyperparameters().items())
-        console.print(f"  {row:24}{detector.label}{': ' + settings if settings else ''}")
+    for name, row in experiment.rows().items():
+        settings = ", ".join(f"{key}={value}" for key, value in row.detector.hyperparameters().items())
+        console.print(f"  {name:24}{row.label}{': ' + settings if settings else ''}")
 
 
 class Display:
@@ -121,10 +106,9 @@ def main() -> int:
     seeds = arguments.seeds
     if arguments.set and not arguments.figures_dir:  # figures/ shows the configs as they are
         arguments.figures_dir = Path(arguments.run_dir or PROJECT_ROOT / "runs") / "changed_settings"
+    is_path = arguments.config.endswith((".yaml", ".yml"))
     parameters = {
-        "experiment": str(resolve_path(arguments.config))
-        if arguments.config.endswith((".yaml", ".yml"))
-        else arguments.config,
+        "experiment": str(resolve_path(arguments.config)) if is_path else arguments.config,
         "data_root": str(resolve_path(arguments.data_root)) if arguments.data_root else "",
         "run_dir": str(Path(arguments.run_dir).resolve()) if arguments.run_dir else "",
         "figures_dir": str(Path(arguments.figures_dir).resolve()) if arguments.figures_dir else "",
@@ -137,16 +121,18 @@ def main() -> int:
     if arguments.list:
         show_list(experiment)
         return 0
-    tasks = plan(seeds, arguments.only, experiment.training_methods)
+    plan(seeds, arguments.only)  # an unknown notebook is refused before anything is fetched
     console.print(f"[bold]{experiment.config.name}[/bold]: {experiment.config.description}")
-    experiment.check_images()
-    for name in experiment.missing:
+    experiment.check()
+    methods = experiment.training_methods()
+    tasks = plan(seeds, arguments.only, methods)
+    for name in experiment.image_sets.missing:
         console.print(f"[yellow]Without {name}: missing and skipped.[/yellow]")
     known = plan(seeds)
-    shown = {task.name for task in [*plan(seeds, methods=experiment.training_methods), *tasks]}
+    shown = {task.name for task in [*plan(seeds, methods=methods), *tasks]}
     everything = [task for task in known if task.name in shown]
     if left_out := [task.name for task in known if task.name not in shown]:
-        console.print(f"Without {', '.join(left_out)}: no network of this config is made so.")
+        console.print(f"Without {', '.join(left_out)}: no network of this config is trained that way.")
     runner = Runner(experiment, parameters, seeds, tasks)
     if arguments.dry_run:
         for task in tasks:
@@ -158,18 +144,16 @@ def main() -> int:
         outcomes = runner.run(arguments.jobs, arguments.force, display.report, display.finish)
     failed = [name for name, outcome in outcomes.items() if outcome.status in ("failed", "skipped")]
     if failed:
-        console.print(
-            f"[red]{len(failed)} of {len(outcomes)} notebooks did not run to their end: {', '.join(failed)}.[/red]"
-        )
+        count = f"{len(failed)} of {len(outcomes)}"
+        console.print(f"[red]{count} notebooks did not run to their end: {', '.join(failed)}.[/red]")
         return 1
     outcomes = {task.name: outcomes.get(task.name) or runner.earlier(task) for task in everything}
     manifest = write_manifest(experiment, parameters, seeds, outcomes)
     report = write_report(experiment, manifest, everything, outcomes)
     if (experiment.directory / "results.csv").exists():
         console.print(f"Results    {experiment.directory / 'results.csv'}")
-    console.print(
-        f"Figures    {experiment.figures_root / experiment.config.name}  (and tables: CSV, Markdown, LaTeX)"
-    )
+    figures = experiment.figures_root / experiment.config.name
+    console.print(f"Figures    {figures}  (and tables: CSV, Markdown, LaTeX)")
     console.print(f"Notebooks  {runner.directory}")
     console.print(f"Report     {report}")
     return 0
@@ -182,7 +166,7 @@ if __name__ == "__main__":
         console.print(Text(str(error), style="red"))
         status = 1
     except KeyboardInterrupt:
-        console.print("Stopped; what is finished is kept, run the same command to go on.")
+        console.print("Stopped; what is finished is kept, run the same command to resume.")
         sys.stdout.flush()
         os._exit(130)  # the threads that wait for kernels would hold the interpreter
     sys.exit(status)

@@ -17,42 +17,42 @@ import pandas as pd
 import torch
 from recording import experiment_options, record
 
-from ood_helpers.features import pass_batch_size
-from ood_helpers.pipeline import Experiment
-from ood_helpers.training import fine_tune, train_head, zero_head
+from ood_helpers.experiment import Experiment
+from ood_helpers.mos.training import fine_tune, train_head
+from ood_helpers.training.fine_tuning import zero_head
+from ood_helpers.training.recipes import TrainingImages
 
 
 def main() -> None:
     parser = experiment_options(__doc__)
     parser.add_argument("--steps", type=int, default=10, help="on images; 20 times as many on features")
     arguments = parser.parse_args()
-    run = Experiment.open(arguments.config, arguments.data_root, device=arguments.device)
-    _ = run.bank("train")  # filled if need be
-
-    train, classes = run.image_set("train"), run.config.id.num_classes
+    run = Experiment.open(arguments.config, data_root=arguments.data_root, device=arguments.device)
+    bank = run.bank("train")  # filled if need be
+    train, backbone, device = run.image_set("train"), run.backbone.model(), run.context.device
     rows = []
     for name in ("flat", "group"):
-        groups, seconds = run.fine_tuned(name).groups, {}
-        recipe = run.networks[name].model_copy(update={"mixup": 0.0, "inputs": "images"})
-        fastest = {"micro_batch_size": pass_batch_size(run.config.features, run.device)}
+        groups, seconds = run.network(name).groups, {}
+        recipe = run.network(name).recipe.model_copy(update={"mixup": 0.0, "images": None})
+        on_images = TrainingImages(micro_batch_size=run.context.batch_size)
         for inputs, steps in (
             ("warm-up", 5),
             ("features", 20 * arguments.steps),
             ("images", arguments.steps),
         ):
             recipe = recipe.model_copy(update={"schedule": (1, 2, 3, 4, steps)})
-            network = copy.deepcopy(run.network)
-            network.head = zero_head(network.feature_dim, classes, groups)
+            network = copy.deepcopy(backbone)
+            logits = run.config.id.num_classes if groups is None else groups.num_logits
+            network.head = zero_head(network.feature_dim, logits)
             with tempfile.TemporaryDirectory() as folder:
                 # No validation set: it would be passed 20 times for few steps as for many.
-                options = {"seed": 0, "device": run.device, "directory": Path(folder)}
+                options = {"seed": 0, "device": device, "directory": Path(folder)}
                 begin = time.perf_counter()
                 if inputs != "images":
-                    bank = run.bank("train")
-                    train_head(network.head, lambda: bank, None, len(train), recipe, groups, **options)  # noqa: B023
+                    train_head(network.head, lambda: bank, None, len(train), recipe, groups, **options)
                 else:
-                    recipe = recipe.model_copy(update=fastest)
-                    fine_tune(network, train, None, run.transform, recipe, groups, **options)
+                    recipe = recipe.model_copy(update={"images": on_images})
+                    fine_tune(network, train, None, run.context.transform, recipe, groups, **options)
                 seconds[inputs] = (time.perf_counter() - begin) / steps
         rows.append(
             {
@@ -66,7 +66,7 @@ def main() -> None:
     table = pd.DataFrame(rows)
     print(table.round(5).to_string(index=False))
     command = f"bench_fine_tuning.py --config {arguments.config}"
-    record(table, f"fine_tuning_{arguments.config}", run.device, {"torch": torch.__version__}, command)
+    record(table, f"fine_tuning_{arguments.config}", device, {"torch": torch.__version__}, command)
 
 
 if __name__ == "__main__":

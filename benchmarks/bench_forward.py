@@ -22,10 +22,12 @@ import torch
 from matplotlib.figure import Figure
 from recording import draw_bars, experiment_options, record, record_figure, seconds, short
 
-from ood_helpers.config import FeaturesConfig
-from ood_helpers.data import image_batches
-from ood_helpers.features import extract, float32_products, network_in, pass_batch_size
-from ood_helpers.pipeline import Experiment
+from ood_helpers.backbones.precision import float32_products, network_in
+from ood_helpers.config.experiment import FeaturesConfig
+from ood_helpers.data.transforms import image_batches
+from ood_helpers.experiment import Experiment
+from ood_helpers.extract import extract, pass_batch_size
+from ood_helpers.storage import Store
 
 
 def draw(figure: Figure, table: pd.DataFrame) -> None:
@@ -46,8 +48,8 @@ def main() -> None:
         "--compile", action="store_true", help="torch.compile, too, which takes a minute before it runs"
     )
     arguments = parser.parse_args()
-    run = Experiment.open(arguments.config, arguments.data_root, device=arguments.device)
-    network, transform, device = run.start_network().eval(), run.transform, run.device
+    run = Experiment.open(arguments.config, data_root=arguments.data_root, device=arguments.device)
+    network, transform, device = run.backbone.start().eval(), run.context.transform, run.context.device
     network.to(device, memory_format=torch.channels_last)
     images = run.image_set("train").take(range(min(arguments.images, len(run.image_set("train")))))
     plain = run.config.features.model_copy(update={"precision": "float32", "compile": False})
@@ -64,7 +66,7 @@ def main() -> None:
         choices["compiled"] = plain.model_copy(update={"compile": True})
 
     def bare(choice: FeaturesConfig) -> Callable[[], None]:
-        forward = network_in(network, choice, device, size)
+        forward = network_in(network, choice.precision, choice.compile, device, size)
 
         @torch.inference_mode()
         def pass_once() -> None:
@@ -77,7 +79,7 @@ def main() -> None:
     def banked(choice: FeaturesConfig) -> Callable[[], None]:
         def pass_once() -> None:
             with tempfile.TemporaryDirectory() as folder:
-                extract(network, images, transform, Path(folder), choice, device)
+                extract(network, images, transform, Store(Path(folder)), choice, device)
 
         return pass_once
 

@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from recording import experiment_options, record, record_figure, repeated
 
-from ood_helpers.features import resolve_device
+from ood_helpers.backbones.precision import resolve_device
 from ood_helpers.kernels.group_score import group_score
 from ood_helpers.kernels.kth_cosine import kth_cosine
 from ood_helpers.kernels.largest_entries import largest_entries
 from ood_helpers.kernels.line_head import line_head
 from ood_helpers.kernels.prototype_cosine import prototype_cosine
-from ood_helpers.kernels.shaped_energy import shaped_energy
+from ood_helpers.kernels.shaped_energy import Shaping, shaped_energy
 from ood_helpers.plots import COLOURS, ID_COLOUR, MARKERS
 
 VALUES = {
@@ -76,8 +76,7 @@ def step_of(kernel: str, n: int, c: int, d: int, m: int, device: torch.device) -
 
     def himplos() -> torch.Tensor:
         cosines = prototype_cosine(features, prototypes, predicted)
-        mask = {"clip": 1.0, "class_mask": kept, "predicted": predicted}
-        return shaped_energy(features, weight, bias, **mask, scale=cosines)
+        return shaped_energy(features, weight, bias, Shaping(1.0, kept, predicted, scale=cosines))
 
     return himplos
 

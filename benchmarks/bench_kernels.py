@@ -35,13 +35,13 @@ from matplotlib.ticker import NullFormatter
 from recording import experiment_options, record, record_figure, repeated
 from torch import Tensor
 
-from ood_helpers.features import resolve_device
+from ood_helpers.backbones.precision import resolve_device
 from ood_helpers.kernels.group_score import group_score
 from ood_helpers.kernels.kth_cosine import BLOCK, CHUNK, kth_cosine
 from ood_helpers.kernels.largest_entries import largest_entries
 from ood_helpers.kernels.line_head import line_head
 from ood_helpers.kernels.prototype_cosine import prototype_cosine
-from ood_helpers.kernels.shaped_energy import shaped_energy
+from ood_helpers.kernels.shaped_energy import Shaping, shaped_energy
 from ood_helpers.plots import COLOURS, ID_COLOUR
 
 BATCH = 64  # of the public codes
@@ -229,8 +229,8 @@ def himplos_case(data: Inputs) -> Case:
 
     def ours(precision: str) -> Tensor:
         cosines = prototype_cosine(features, prototypes, predicted)
-        options = {"clip": size.clip, "class_mask": kept, "predicted": predicted, "scale": cosines}
-        return shaped_energy(features, weight, bias, **options, precision=precision)
+        shaping = Shaping(size.clip, kept, predicted, scale=cosines)
+        return shaped_energy(features, weight, bias, shaping, precision=precision)
 
     def plain() -> Tensor:
         masked = (features * kept[predicted]).clamp(max=size.clip)
@@ -261,7 +261,7 @@ def react_case(data: Inputs) -> Case:
         return energy(data.logits(part.clamp(max=size.clip)))
 
     def ours(precision: str) -> Tensor:
-        return shaped_energy(features, data.weight, data.bias, clip=size.clip, precision=precision)
+        return shaped_energy(features, data.weight, data.bias, Shaping(size.clip), precision=precision)
 
     ways = [
         *in_precisions(data, ours),
@@ -297,7 +297,8 @@ def ash_cases(data: Inputs) -> Iterator[Case]:
     def ours(precision: str) -> Tensor:
         found = largest_entries(features, count)
         gain = (found.total / found.kept_total).exp()
-        return shaped_energy(features, data.weight, data.bias, largest=found, gain=gain, precision=precision)
+        shaping = Shaping(largest=found, gain=gain)
+        return shaped_energy(features, data.weight, data.bias, shaping, precision=precision)
 
     ways = [
         Way(

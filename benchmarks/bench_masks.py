@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from recording import experiment_options, record, seconds
 
-from ood_helpers.pipeline import Experiment
-from ood_helpers.training.classifier import load_images, to_network
-from ood_helpers.training.weight_masks import attach_masks, freeze_weights, masks_of
+from ood_helpers.experiment import Experiment
+from ood_helpers.training.batches import load_images, to_network
+from ood_helpers.unleashing_mask.weight_masks import attach_masks, freeze_weights, masks_of
 
 
 def main() -> None:
@@ -23,11 +23,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
-    run = Experiment.open(arguments.config, arguments.data_root, device=arguments.device)
-    rows = torch.arange(arguments.batch_size)
-    images = load_images(run.image_set("train"), run.transform, rows)
-    images, labels = to_network(images, run.image_set("train"), rows, run.transform, run.device)
-    plain, masked = run.start_network(), run.start_network()
+    run = Experiment.open(arguments.config, data_root=arguments.data_root, device=arguments.device)
+    transform, device = run.context.transform, run.context.device
+    train_set, rows = run.image_set("train"), torch.arange(arguments.batch_size)
+    images = load_images(train_set, transform, rows)
+    images, labels = to_network(images, train_set, rows, transform, device)
+    plain, masked = run.backbone.start(), run.backbone.start()
     attach_masks(masked, 0.8, torch.Generator().manual_seed(0))
     freeze_weights(masked)
 
@@ -36,7 +37,7 @@ def main() -> None:
         def step() -> None:
             network.eval()
             for mask in masks_of(network).values() if forget else ():
-                mask._mask = None
+                mask.scores.add_(0)  # changed, as far as the mask can tell
             network(images)
 
         return step
@@ -62,7 +63,7 @@ def main() -> None:
     medians = {}
     for case, step in cases.items():
         step()  # warm-up
-        times = [seconds(step, run.device) for _ in range(arguments.repeats)]
+        times = [seconds(step, device) for _ in range(arguments.repeats)]
         medians[case] = float(pd.Series(times).median())
     table = pd.DataFrame(
         {
@@ -76,7 +77,7 @@ def main() -> None:
     )
     print(table.round(4).to_string(index=False))
     command = f"bench_masks.py --config {arguments.config}"
-    record(table, f"masks_{arguments.config}", run.device, {"torch": torch.__version__}, command)
+    record(table, f"masks_{arguments.config}", device, {"torch": torch.__version__}, command)
 
 
 if __name__ == "__main__":

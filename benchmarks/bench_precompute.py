@@ -24,10 +24,15 @@ from matplotlib.figure import Figure
 from recording import draw_bars, experiment_options, record, record_figure, seconds, short
 from torch import Tensor
 
-from ood_helpers.backbones import Classifier
-from ood_helpers.data import ImageSet, image_batches
-from ood_helpers.features import Bank, class_means, extract, float32_products, pass_batch_size
-from ood_helpers.pipeline import Experiment
+from ood_helpers.backbones.base import Classifier
+from ood_helpers.backbones.precision import float32_products
+from ood_helpers.banks import Bank
+from ood_helpers.data.image_set import ImageSet
+from ood_helpers.data.transforms import image_batches
+from ood_helpers.experiment import Experiment
+from ood_helpers.extract import extract
+from ood_helpers.statistics import class_means
+from ood_helpers.storage import Store
 
 AUTOGRAD = "forward and backward pass, image by image"
 FORWARD = "forward pass alone, image by image"
@@ -55,9 +60,10 @@ def by_autograd(network: Classifier, inputs: list[Tensor], labels: list[int]) ->
 
 def normalised(run: Experiment, images: ImageSet) -> list[Tensor]:
     """Images one by one, on the device and in the memory format that the network has."""
-    batches = image_batches(images, run.transform, 0, len(images), 1)
+    transform = run.context.transform
+    batches = image_batches(images, transform, 0, len(images), 1)
     return [
-        run.transform.normalise(image.to(run.device)).contiguous(memory_format=torch.channels_last)
+        transform.normalise(image.to(run.context.device)).contiguous(memory_format=torch.channels_last)
         for image in batches
     ]
 
@@ -77,11 +83,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="that are passed, in batches and one by one")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    run = Experiment.open(arguments.config, arguments.data_root, device=arguments.device)
+    run = Experiment.open(arguments.config, data_root=arguments.data_root, device=arguments.device)
     train, options = run.image_set("train"), run.config.features
     places = np.linspace(0, len(train) - 1, min(arguments.images, len(train))).round().astype(int)
     sample = train.take(places)
-    network = run.network.eval().to(run.device, memory_format=torch.channels_last)
+    context, device = run.context, run.context.device
+    network = run.backbone.model().to(memory_format=torch.channels_last)
     weight = network.head.weight.detach()
     inputs, labels = normalised(run, sample), sample.labels.tolist()
     network.requires_grad_(True)  # as a network is after loading
@@ -95,8 +102,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def fill_bank() -> None:
-            directory = Path(folder) / str(len(passed))
-            passed.append(extract(network, sample, run.transform, directory, options, run.device))
+            store = Store(Path(folder) / str(len(passed)))
+            passed.append(extract(network, sample, context.transform, store, options, device))
 
         def pass_and_means() -> None:
             fill_bank()
@@ -112,7 +119,7 @@ def main() -> None:
             )
         print(f"the two tables differ by {error:.1g} of the largest entry")
 
-        bank, batch_size = run.bank("train"), pass_batch_size(options, run.device)
+        bank, batch_size = run.bank("train"), context.batch_size
         steps = {
             AUTOGRAD: (lambda: by_autograd(network, inputs, labels), len(sample), 1),
             FORWARD: (forward, len(sample), 1),
@@ -122,7 +129,7 @@ def main() -> None:
         rows = []
         for name, (step, images, batch) in steps.items():
             step()  # warm-up
-            times = [seconds(step, run.device) for _ in range(arguments.repeats)]
+            times = [seconds(step, device) for _ in range(arguments.repeats)]
             rows.append((name, images, batch, 1000 * float(np.median(times)) / images))
 
     table = pd.DataFrame(rows, columns=["table", "images", "batch_size", "milliseconds_per_image"])
@@ -131,8 +138,8 @@ def main() -> None:
     print(table.round(5).to_string(index=False))
     versions, name = {"torch": torch.__version__}, f"precompute_{arguments.config}"
     command = f"bench_precompute.py --config {arguments.config} --images {arguments.images}"
-    record(table, name, run.device, versions, command)
-    record_figure(partial(draw, table=table), name, run.device, versions, height=2.2)
+    record(table, name, device, versions, command)
+    record_figure(partial(draw, table=table), name, device, versions, height=2.2)
 
 
 if __name__ == "__main__":

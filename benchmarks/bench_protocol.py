@@ -22,29 +22,30 @@ from matplotlib.figure import Figure
 from recording import draw_bars, experiment_options, record, record_figure, seconds, short
 from torch import Tensor
 
-from ood_helpers.data import image_batches
+from ood_helpers.backbones.precision import float32_products
+from ood_helpers.data.transforms import image_batches
 from ood_helpers.detectors.energy import energy_score
-from ood_helpers.features import float32_products, pass_batch_size
-from ood_helpers.pipeline import Experiment
+from ood_helpers.experiment import Experiment
 from ood_helpers.progress import track
 
 
 @torch.inference_mode()
 def pass_and_score(run: Experiment, name: str) -> Tensor:
     """Energy scores of an image set, straight from its images."""
-    image_set, size = run.image_set(name), pass_batch_size(run.config.features, run.device)
+    image_set, context, network = run.image_set(name), run.context, run.backbone.model()
+    batches = image_batches(
+        image_set, context.transform, 0, len(image_set), context.batch_size, run.config.features.workers
+    )
     with float32_products():
         scores = [
             energy_score(
-                run.network(
-                    run.transform.normalise(batch.to(run.device)).contiguous(
+                network(
+                    context.transform.normalise(batch.to(context.device)).contiguous(
                         memory_format=torch.channels_last
                     )
                 )
             )
-            for batch in image_batches(
-                image_set, run.transform, 0, len(image_set), size, run.config.features.workers
-            )
+            for batch in batches
         ]
     return torch.cat(scores).cpu()
 
@@ -58,27 +59,25 @@ def main() -> None:
     parser = experiment_options(__doc__)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:  # nothing is there yet: no bank, no score
-        run = Experiment.open(
-            arguments.config, arguments.data_root, run_dir=folder, figures_dir=folder, device=arguments.device
-        )
-        run.network.to(
-            run.device, memory_format=torch.channels_last
-        )  # trained first, where it is trained here
+        folders = {"data_root": arguments.data_root, "run_dir": folder, "figures_dir": folder}
+        run = Experiment.open(arguments.config, **folders, device=arguments.device)
+        device, ood_sets = run.context.device, run.ood_sets()
+        run.backbone.model().to(memory_format=torch.channels_last)  # trained first, where it is trained here
         rows = [
-            row
-            for row, detector in run.detectors.items()
-            if not detector.network and not detector.needs_images
+            name
+            for name, row in run.rows().items()
+            if row.network is run.backbone and not row.detector.needs_images
         ]
         images, banked, passed, per_method = 0, 0.0, 0, 0.0
-        for name in track(["train", "test", *run.ood_groups], description="sets", unit="set"):
+        for name in track(["train", "test", *ood_sets], description="sets", unit="set"):
             # By turns, so that both ways see the machine in the same state.
-            banked += seconds(lambda name=name: run.bank(name), run.device)
+            banked += seconds(lambda name=name: run.bank(name), device)
             images += len(run.bank(name))
             if name != "train":
-                times = len(run.ood_groups) if name == "test" else 1  # the ID images once for each OOD set
-                per_method += times * seconds(lambda name=name: pass_and_score(run, name), run.device)
+                times = len(ood_sets) if name == "test" else 1  # the ID images once for each OOD set
+                per_method += times * seconds(lambda name=name: pass_and_score(run, name), device)
                 passed += times * len(run.bank(name))
-        scored = seconds(lambda: run.results(rows), run.device)
+        scored = seconds(lambda: run.results(rows), device)
     every = f"a pass for each OOD set, {len(rows)} methods (extrapolated)"
     table = pd.DataFrame(
         [
@@ -93,8 +92,8 @@ def main() -> None:
     table["ratio_to_ours"] = table.seconds / (banked + scored)
     print(table.round(3).to_string(index=False))
     versions, name = {"torch": torch.__version__}, f"protocol_{arguments.config}"
-    record(table, name, run.device, versions, f"bench_protocol.py --config {arguments.config}")
-    record_figure(partial(draw, table=table), name, run.device, versions, height=2.4)
+    record(table, name, device, versions, f"bench_protocol.py --config {arguments.config}")
+    record_figure(partial(draw, table=table), name, device, versions, height=2.4)
 
 
 if __name__ == "__main__":

@@ -16,4 +16,4 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """The end of an error sentence: the closest valid name, or all of them when none is close."""
     valid = sorted(valid)
     close = get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(valid)}."
+    return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(valid) or 'none'}."

@@ -36,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process of this machine at a time does the work that ends in `path`; the others wait and find it done."""
+    """One process of this machine at a time does the work that ends in `path`; others wait and find it."""
     folder = Path(tempfile.gettempdir()) / f"ood_helpers-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     lock = FileLock(folder / f"{sha256_of_json(str(Path(path).resolve()))}.lock")

@@ -2,19 +2,17 @@
 
 A score is higher for more in-distribution (ID) samples; ID is the positive class. Samples of equal score are
 counted together, so the order of ties never matters; counts are int64, ratios float64. Scores may be numpy
-arrays, tensors or lists. Functions that return one number give fractions in [0, 1]; those that return a dict
-for the results table, `evaluate`, `resampled` and `bootstrap`, give percent.
+arrays, tensors or lists. Functions that return one number give fractions in [0, 1]; `evaluate` and
+`resampled`, whose dicts fill the results table, give percent.
 
 Every function raises InputError for empty scores and for NaN or infinite ones.
 """
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import ceil, sqrt
-from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -31,21 +29,13 @@ MAX_THREADS = 8  # each holds the draws of its chunk
 UNDECIDED = 128  # above every Poisson count that occurs
 
 
-@dataclass(frozen=True)
 class _Counts:
-    """The distinct scores [K] in descending order and how many ID and OOD samples have each (int64 [K])."""
+    """The distinct scores [K] in descending order; how many ID and OOD samples have each, or at least it."""
 
-    scores: np.ndarray
-    id: np.ndarray
-    ood: np.ndarray
-
-    @property
-    def n_id(self) -> int:
-        return int(self.id.sum())
-
-    @property
-    def n_ood(self) -> int:
-        return int(self.ood.sum())
+    def __init__(self, scores: np.ndarray, id_counts: np.ndarray, ood_counts: np.ndarray) -> None:
+        self.scores, self.id, self.ood = scores, id_counts, ood_counts
+        self.accepted_id, self.accepted_ood = np.cumsum(id_counts), np.cumsum(ood_counts)
+        self.n_id, self.n_ood = int(self.accepted_id[-1]), int(self.accepted_ood[-1])
 
 
 def _checked(scores: ArrayLike, name: str) -> np.ndarray:
@@ -89,50 +79,42 @@ def _swapped(counts: _Counts) -> _Counts:
 
 def _threshold_index(counts: _Counts, tpr: float) -> int:
     """Index of the largest distinct score t with TPR(score >= t) >= tpr."""
-    return int(np.searchsorted(np.cumsum(counts.id), ceil(_level(tpr) * counts.n_id)))
+    return int(np.searchsorted(counts.accepted_id, ceil(_level(tpr) * counts.n_id)))
 
 
 def _fpr(counts: _Counts, tpr: float, compat: str | None) -> float:
-    true_positives, false_positives = np.cumsum(counts.id), np.cumsum(counts.ood)
-    n_id, n_ood = counts.n_id, counts.n_ood
+    true_positives, n_id, n_ood = counts.accepted_id, counts.n_id, counts.n_ood
     if compat is None:
-        return float(false_positives[_threshold_index(counts, tpr)] / n_ood)
+        return float(counts.accepted_ood[_threshold_index(counts, tpr)] / n_ood)
     if compat == "oe":
         # Walk up from the highest threshold of full recall, as the reference does: the first nearest recall
         # wins, hence the lowest threshold of a plateau; equally near recalls are left to float64 rounding.
         recall = true_positives[: np.searchsorted(true_positives, n_id) + 1] / n_id
         steps_up = np.argmin(np.abs(recall - float(tpr))[::-1])
-        return float(false_positives[len(recall) - 1 - steps_up] / n_ood)
+        return float(counts.accepted_ood[len(recall) - 1 - steps_up] / n_ood)
     if compat == "dice":
         rank = min(round((1 - _level(tpr)) * n_id), n_id - 1)  # of the threshold among ascending ID scores
         index = np.searchsorted(true_positives, n_id - rank)
-        return float((false_positives[index] - counts.ood[index]) / n_ood)
+        return float((counts.accepted_ood[index] - counts.ood[index]) / n_ood)
     raise InputError(
         f"No FPR rule {compat!r}, expected None (exact) or one of the papers' own; {nearest(str(compat), COMPAT_RULES)}"
     )
 
 
 def _auroc(counts: _Counts) -> float:
-    id_at_or_above = np.cumsum(counts.id)
     # Twice the pairs that ID wins, a tie being half a win; 2 n_id n_ood fits int64 up to 2e9 scores each.
-    doubled_wins = np.dot(counts.ood, 2 * id_at_or_above - counts.id)
+    doubled_wins = np.dot(counts.ood, 2 * counts.accepted_id - counts.id)
     return float(doubled_wins / (2 * counts.n_id * counts.n_ood))
 
 
 def _average_precision(counts: _Counts) -> float:
-    true_positives, false_positives = np.cumsum(counts.id), np.cumsum(counts.ood)
-    precision = true_positives / (true_positives + false_positives)
+    precision = counts.accepted_id / (counts.accepted_id + counts.accepted_ood)
     return float(np.dot(counts.id, precision) / counts.n_id)
 
 
 def _detection_error(counts: _Counts) -> float:
-    true_positive_rate, false_positive_rate = (
-        np.cumsum(counts.id) / counts.n_id,
-        np.cumsum(counts.ood) / counts.n_ood,
-    )
-    return float(
-        min(0.5, ((1 - true_positive_rate + false_positive_rate) / 2).min())
-    )  # 0.5: nothing accepted
+    missed, accepted = 1 - counts.accepted_id / counts.n_id, counts.accepted_ood / counts.n_ood
+    return float(min(0.5, ((missed + accepted) / 2).min()))  # 0.5: nothing accepted
 
 
 def threshold_at_tpr(id_scores: ArrayLike, tpr: float = 0.95) -> float:
@@ -167,33 +149,9 @@ def fpr_at_tpr(
     return _fpr(_group(id_scores, ood_scores), tpr, compat)
 
 
-def fpr95_ood_positive(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Fraction of ID samples rejected at the threshold that rejects at least 95 % of OOD samples.
-
-    This is what OpenOOD and pytorch-ood print as FPR95, with OOD as the positive class; it is not the
-    quantity of the five papers, `fpr_at_tpr`.
-    """
-    return _fpr(_swapped(_group(id_scores, ood_scores)), 0.95, None)
-
-
 def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
     """Probability that an ID sample scores higher than an OOD sample, ties counting one half."""
     return _auroc(_group(id_scores, ood_scores))
-
-
-def aupr_in(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Average precision, sum_n (R_n - R_(n-1)) P_n over the distinct scores, with ID positive."""
-    return _average_precision(_group(id_scores, ood_scores))
-
-
-def aupr_out(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Average precision with OOD positive and negated scores."""
-    return _average_precision(_swapped(_group(id_scores, ood_scores)))
-
-
-def detection_error(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Smallest mean of the two error rates over all thresholds, min_t (1 - TPR + FPR) / 2; in [0, 0.5]."""
-    return _detection_error(_group(id_scores, ood_scores))
 
 
 def evaluate(id_scores: ArrayLike, ood_scores: ArrayLike, compat: str | None = None) -> dict[str, float]:
@@ -201,11 +159,13 @@ def evaluate(id_scores: ArrayLike, ood_scores: ArrayLike, compat: str | None = N
 
     Returns
     -------
-    fpr95, auroc, aupr_in, aupr_out, detection_error : percent
-    fpr95_ood_positive : percent; what OpenOOD and pytorch-ood call FPR95, see `fpr95_ood_positive`
-    threshold95 : score; the threshold to deploy, `threshold_at_tpr(id_scores)`, whatever `compat` is
-
-    `compat` changes fpr95 only, see `fpr_at_tpr`.
+    fpr95, auroc : see `fpr_at_tpr` and `auroc`; `compat` changes fpr95 only
+    aupr_in : average precision, sum_n (R_n - R_(n-1)) P_n over the distinct scores, with ID positive
+    aupr_out : the same with OOD positive and negated scores
+    detection_error : smallest mean of the two error rates, min_t (1 - TPR + FPR) / 2; in [0, 50]
+    fpr95_ood_positive : ID samples rejected at the threshold that rejects at least 95 % of OOD samples, which
+        OpenOOD and pytorch-ood print as FPR95; not the quantity of the five papers
+    threshold95 : score; the threshold to deploy, `threshold_at_tpr(id_scores)`
     """
     counts = _group(id_scores, ood_scores)
     return {
@@ -220,11 +180,7 @@ def evaluate(id_scores: ArrayLike, ood_scores: ArrayLike, compat: str | None = N
 
 
 def resampled(
-    id_scores: ArrayLike,
-    ood_scores: ArrayLike,
-    resamples: int = 1000,
-    seed: int = 0,
-    ood_set: int = 0,
+    id_scores: ArrayLike, ood_scores: ArrayLike, resamples: int = 1000, seed: int = 0, ood_set: int = 0
 ) -> dict[str, np.ndarray]:
     """fpr95 and auroc of stratified bootstrap resamples: ID and OOD images are drawn apart, with replacement.
 
@@ -253,11 +209,11 @@ def resampled(
     if resamples < 1:
         raise InputError(f"{resamples} resamples were asked for, expected at least 1, for example 1000.")
     id_scores, ood_scores = _checked(id_scores, "ID"), _checked(ood_scores, "OOD")
-    ranking = _rank(id_scores, ood_scores)
+    ranking = _Ranking(id_scores, ood_scores)
 
     def chunk(number: int) -> np.ndarray:
-        id_draws = _draws(len(id_scores), [0, number, seed])
-        return ranking.metrics(id_draws, _draws(len(ood_scores), [1, number, seed, ood_set]))
+        id_draws = image_draws(len(id_scores), [0, number, seed])
+        return ranking.metrics(id_draws, image_draws(len(ood_scores), [1, number, seed, ood_set]))
 
     chunks = range(ceil(resamples / CHUNK))
     if len(id_scores) + len(ood_scores) < THREADED_FROM:
@@ -269,7 +225,6 @@ def resampled(
     return {"fpr95": fpr95, "auroc": areas}
 
 
-@dataclass(frozen=True)
 class _Ranking:
     """What the metrics of resamples need of the scores; int64 arrays.
 
@@ -278,11 +233,12 @@ class _Ranking:
     ood_at_or_above [n] : how many OOD images score above or equal each ID image of `id_order`
     """
 
-    id_order: np.ndarray
-    ood_order: np.ndarray
-    id_above: np.ndarray
-    id_at_or_above: np.ndarray
-    ood_at_or_above: np.ndarray
+    def __init__(self, id_scores: np.ndarray, ood_scores: np.ndarray) -> None:
+        self.id_order, self.ood_order = np.argsort(-id_scores), np.argsort(-ood_scores)
+        id_negated, ood_negated = -id_scores[self.id_order], -ood_scores[self.ood_order]  # ascending
+        self.id_above = np.searchsorted(id_negated, ood_negated, side="left")
+        self.id_at_or_above = np.searchsorted(id_negated, ood_negated, side="right")
+        self.ood_at_or_above = np.searchsorted(ood_negated, id_negated, side="right")
 
     def metrics(self, id_draws: np.ndarray, ood_draws: np.ndarray) -> np.ndarray:
         """fpr95 and auroc [2, R] as fractions, from how often R resamples drew each image, [R, n] and [R, m]."""
@@ -305,18 +261,6 @@ class _Ranking:
         return values
 
 
-def _rank(id_scores: np.ndarray, ood_scores: np.ndarray) -> _Ranking:
-    id_order, ood_order = np.argsort(-id_scores), np.argsort(-ood_scores)
-    id_negated, ood_negated = -id_scores[id_order], -ood_scores[ood_order]  # ascending, as searchsorted wants
-    return _Ranking(
-        id_order,
-        ood_order,
-        np.searchsorted(id_negated, ood_negated, side="left"),
-        np.searchsorted(id_negated, ood_negated, side="right"),
-        np.searchsorted(ood_negated, id_negated, side="right"),
-    )
-
-
 def _blocks(rows: int, row_length: int) -> Iterator[slice]:
     """Slices of as many rows as have BLOCK_ELEMENTS elements, at least one."""
     height = max(1, BLOCK_ELEMENTS // row_length)
@@ -324,7 +268,7 @@ def _blocks(rows: int, row_length: int) -> Iterator[slice]:
         yield slice(start, min(start + height, rows))
 
 
-def _draws(images: int, stream: list[int]) -> np.ndarray:
+def image_draws(images: int, stream: list[int]) -> np.ndarray:
     """How often each image is drawn in CHUNK resamples of `images` draws, uint8 [CHUNK, images]: exactly multinomial.
 
     Poisson counts of one rate are multinomial given their sum, and so is their sum with further uniform draws. With
@@ -332,7 +276,7 @@ def _draws(images: int, stream: list[int]) -> np.ndarray:
     100,000) is replaced by `images` uniform draws, which are multinomial, too.
     """
     generator = np.random.Generator(np.random.SFC64(stream))
-    table, cumulative = _poisson_table(max(0.0, 1 - 4 / sqrt(images)))
+    table, cumulative = poisson_table(max(0.0, 1 - 4 / sqrt(images)))
     draws = np.empty((CHUNK, images), dtype=np.uint8)
     for rows in _blocks(CHUNK, images):
         # Whole words for every resample, so that the draws do not depend on the size of a block.
@@ -353,7 +297,7 @@ def _draws(images: int, stream: list[int]) -> np.ndarray:
 
 
 @lru_cache(maxsize=16)
-def _poisson_table(rate: float) -> tuple[np.ndarray, np.ndarray]:
+def poisson_table(rate: float) -> tuple[np.ndarray, np.ndarray]:
     """The Poisson count that 16 random bits decide, uint8 [65,536], and the cumulative probabilities of the counts.
 
     The bits are the first of a uniform number in [0, 1), the count how many cumulative probabilities it reaches.
@@ -374,62 +318,9 @@ def interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]
     values : [R], such as one metric of `resampled` or the difference of two methods'
     confidence : in (0, 1)
     """
-    _check_confidence(confidence)
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
-def bootstrap(
-    id_scores: ArrayLike,
-    ood_scores: ArrayLike,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> dict[str, tuple[float, float]]:
-    """Stratified bootstrap percentile intervals of fpr95 and auroc, in percent: `interval` of what `resampled` gives.
-
-    Returns
-    -------
-    {"fpr95": (low, high), "auroc": (low, high)}
-    """
-    drawn = resampled(id_scores, ood_scores, resamples, seed)
-    return {name: interval(values, confidence) for name, values in drawn.items()}
-
-
-def delong_interval(
-    id_scores: ArrayLike, ood_scores: ArrayLike, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Normal interval of the AUROC with DeLong's variance, as fractions clipped to [0, 1].
-
-    var = var(v) / n + var(w) / m, where v_i is the fraction of OOD samples that ID sample i beats, w_j the
-    fraction of ID samples that beat OOD sample j (ties one half), and var has n - 1 in the denominator.
-
-    Source: DeLong, DeLong and Clarke-Pearson, Biometrics 44 (1988).
-
-    Raises
-    ------
-    InputError : fewer than two ID or two OOD scores
-    """
-    _check_confidence(confidence)
-    counts = _group(id_scores, ood_scores)
-    if min(counts.n_id, counts.n_ood) < 2:
-        raise InputError(
-            f"There are {counts.n_id} ID and {counts.n_ood} OOD scores, expected at least 2 of each for a variance; "
-            "take more images."
-        )
-    area = _auroc(counts)
-    id_wins = (counts.n_ood - np.cumsum(counts.ood) + counts.ood / 2) / counts.n_ood
-    ood_losses = (np.cumsum(counts.id) - counts.id / 2) / counts.n_id
-    variance = sum(
-        np.dot(number, (placement - area) ** 2) / (number.sum() - 1) / number.sum()
-        for number, placement in ((counts.id, id_wins), (counts.ood, ood_losses))
-    )
-    half_width = NormalDist().inv_cdf((1 + confidence) / 2) * float(np.sqrt(variance))
-    return max(0.0, area - half_width), min(1.0, area + half_width)
-
-
-def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise InputError(
             f"The confidence is {confidence}, expected a fraction between 0 and 1, for example 0.95."
         )
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

@@ -29,8 +29,8 @@ from matplotlib.transforms import Bbox
 
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.files import atomic_path
-from ood_helpers.groups import Groups
 from ood_helpers.metrics import fpr_at_tpr
+from ood_helpers.mos.groups import Groups
 from ood_helpers.results import METRICS, ordered_sets, tuned_label, wide_table
 
 WIDTH = 7.0  # inches: the text width of a page

@@ -12,23 +12,18 @@ import jinja2
 import pandas as pd
 import yaml
 
-from ood_helpers.config import PROJECT_ROOT, resolve_path
+from ood_helpers.backbones.checkpoints import weights_fingerprint
+from ood_helpers.config.base import PROJECT_ROOT, resolve_path
+from ood_helpers.experiment import Experiment
 from ood_helpers.files import sha256_of_file, write_json, write_text
-from ood_helpers.pipeline import Experiment
 from ood_helpers.results import METRICS, defaults, describe_table, html_table, read_results, tuning_pairs
 from ood_helpers.runner import Outcome, Task
+from ood_helpers.statistics import accuracy
+from ood_helpers.storage import Shards
+from ood_helpers.studies import bank_names
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "scikit-learn",
-    "pandas",
-    "matplotlib",
-    "safetensors",
-    "papermill",
-    "pydantic",
-)
+PACKAGES = ["torch", "torchvision", "numpy", "scikit-learn", "pandas", "matplotlib", "safetensors"]
+PACKAGES += ["papermill", "pydantic"]
 
 
 def write_manifest(
@@ -36,43 +31,67 @@ def write_manifest(
 ) -> dict:
     """Write manifest.json beside results.csv and, without times and commit, beside the figures.
 
-    The data root appears as ${data_root}.
-
     It holds parameters, config, versions, git commit, hashes of image sets, weights and banks of each seed,
-    the SHA-256 of every figure and table, and what became of each notebook.
+    the SHA-256 of every figure and table, and what became of each notebook. Folders of this machine appear as
+    ${data_root}, ${run_dir} and ${project}.
     """
-    figures = experiment.figures_root / experiment.config.name
+    name, root = experiment.config.name, experiment.figures_root
+    outputs = [output for outcome in outcomes.values() for output in outcome.outputs]
     manifest = {
-        "experiment": experiment.config.name,
+        "experiment": name,
         "seeds": seeds,
         "parameters": {
             key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")
         },
         "config": experiment.config.model_dump(mode="json", exclude_none=True),
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "machine": f"{platform.system()} {platform.machine()}, {experiment.device}",
+        | {package: importlib.metadata.version(package) for package in PACKAGES},
+        "machine": f"{platform.system()} {platform.machine()}, {experiment.context.device}",
         "git_commit": _git_commit(),
-        "inputs": {f"seed{seed}": experiment.with_seed(seed).record() for seed in seeds},
+        "inputs": {f"seed{seed}": record(experiment.with_seed(seed)) for seed in seeds},
         "outputs": {
-            name.removeprefix(f"{experiment.config.name}/"): sha256_of_file(experiment.figures_root / name)
-            for outcome in outcomes.values()
-            for name in outcome.outputs
-            if (experiment.figures_root / name).exists() and not name.endswith(("results.csv", "means.csv"))
+            output.removeprefix(f"{name}/"): sha256_of_file(root / output)
+            for output in outputs
+            if (root / output).exists() and not output.endswith(("results.csv", "means.csv"))
         },
-        "notebooks": {name: outcome.status for name, outcome in outcomes.items()},
+        "notebooks": {notebook: outcome.status for notebook, outcome in outcomes.items()},
     }
-    text = json.dumps(manifest)
-    for root, name in (
-        (str(resolve_path(parameters.get("data_root") or "data")), "${data_root}"),
-        (str(experiment.run_dir), "${run_dir}"),
-        (str(PROJECT_ROOT), "${project}"),
-    ):
-        text = text.replace(json.dumps(root)[1:-1], name)
+    text, data_root = json.dumps(manifest), resolve_path(parameters.get("data_root") or "data")
+    folders = {"${data_root}": data_root, "${run_dir}": experiment.run_dir, "${project}": PROJECT_ROOT}
+    for placeholder, folder in folders.items():
+        text = text.replace(json.dumps(str(folder))[1:-1], placeholder)
     manifest = json.loads(text)
     write_json(experiment.directory / "manifest.json", manifest)
-    write_json(figures / "manifest.json", _lasting(manifest))
+    write_json(root / name / "manifest.json", _lasting(manifest))
     return manifest
+
+
+def record(run: Experiment) -> dict:
+    """What the results rest on: image sets, weights, accuracy, banks and their forward passes.
+
+    Only what is there is recorded; nothing is trained or passed for it.
+    """
+    names, backbone = bank_names(run), run.backbone
+    described = {}
+    for name in [*names, *(["outliers"] if run.image_sets.has("outliers") else [])]:
+        images = run.image_set(name)
+        described[name] = {"source": images.source, "images": len(images)}
+        described[name] |= {"sha256": images.fingerprint, "skipped": images.skipped}
+    found = {"image_sets": described, "missing": run.image_sets.missing}
+    if not backbone.ready():
+        return found
+    entries = {name: backbone.bank_entry(name) for name in names}
+    passes = {name: Shards.open(entry.directory) for name, entry in entries.items()}
+    banks = {name: {"key": entries[name].name, **stored.record} for name, stored in passes.items() if stored}
+    found |= {"weights_sha256": weights_fingerprint(backbone.model()), "banks": banks}
+    if not (passes["test"] and passes["train"]):
+        return found
+    made = {}
+    for name in run.config.networks:
+        if (network := run.network(name)).ready():
+            weights = weights_fingerprint(network.model())
+            made[name] = {"weights_sha256": weights, "approximation": network.approximation()}
+    return found | {"id_accuracy": accuracy(backbone.bank("test"), backbone.head()), "networks": made}
 
 
 def _lasting(manifest: dict) -> dict:
@@ -100,7 +119,8 @@ def write_report(
     experiment: Experiment, manifest: dict, tasks: list[Task], outcomes: dict[str, Outcome]
 ) -> Path:
     """Write report.html: results, figures (embedded), settings and links to the executed notebooks."""
-    results_path = experiment.directory / "results.csv"
+    results_path, means_path = (experiment.directory / name for name in ("results.csv", "means.csv"))
+    missing = experiment.image_sets.missing_ood()
     figures: dict[str, list[dict]] = {}
     for task in sorted(tasks, key=lambda task: (task.notebook.stem != "30_results", task.name)):
         for name in outcomes[task.name].outputs:
@@ -110,34 +130,27 @@ def write_report(
                 figures.setdefault(task.name, []).append(picture)
     tables = []
     if results_path.exists():
-        results, means_path = read_results(results_path), experiment.directory / "means.csv"
+        results = read_results(results_path)
         means = pd.read_csv(means_path) if means_path.exists() else None
         parts = {"": defaults(results), ", tuned": tuning_pairs(results)}
         for (suffix, part), metric in itertools.product(parts.items(), METRICS):
             if len(part):
-                tables.append(
-                    {
-                        "name": METRICS[metric][0] + suffix,
-                        "html": html_table(part, metric, experiment.missing, means),
-                        "text": describe_table(part, metric, experiment.missing),
-                    }
-                )
+                table = html_table(part, metric, missing, means)
+                text = describe_table(part, metric, missing)
+                tables.append({"name": METRICS[metric][0] + suffix, "html": table, "text": text})
     published = experiment.config.published
-    page = (
-        jinja2.Environment(autoescape=True)
-        .from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-        .render(
-            config=experiment.config,
-            manifest=manifest,
-            settings=yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True),
-            tables=tables,
-            figures=figures,
-            tasks=tasks,
-            outcomes=outcomes,
-            missing=experiment.missing,
-            published_note=published.note if published else "",
-            sets=experiment.describe_image_sets().drop(columns="source").to_html(index=False, border=0),
-        )
+    environment = jinja2.Environment(autoescape=True, loader=jinja2.PackageLoader("ood_helpers", ""))
+    page = environment.get_template("report.html").render(
+        config=experiment.config,
+        manifest=manifest,
+        settings=yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True),
+        tables=tables,
+        figures=figures,
+        tasks=tasks,
+        outcomes=outcomes,
+        missing=experiment.image_sets.missing,
+        published_note=published.note if published else "",
+        sets=experiment.image_sets.describe().drop(columns="source").to_html(index=False, border=0),
     )
     path = experiment.directory / "report.html"
     write_text(path, page)

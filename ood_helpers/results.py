@@ -11,69 +11,43 @@ import numpy as np
 import pandas as pd
 
 from ood_helpers import metrics
-from ood_helpers.config import PublishedConfig
+from ood_helpers.config.experiment import PublishedConfig
 from ood_helpers.files import write_text
 
-COLUMNS = [
-    "experiment",
-    "seed",
-    "method",
-    "ood_set",
-    "group",
-    "n_id",
-    "n_ood",
-    "fpr95",
-    "fpr95_lo",
-    "fpr95_hi",
-    "auroc",
-    "auroc_lo",
-    "auroc_hi",
-    "aupr_in",
-    "aupr_out",
-    "detection_error",
-    "threshold95",
-    "id_accuracy",
-    "score_seconds",
-    "hyperparameters",
-    "published_fpr95",
-    "published_auroc",
-    "published_source",
-    "data_sha256",
-    "fpr95_ood_positive",
-    "tuned_on",
-    "fit_seconds",
-    "extra_passes",
-]
+COLUMNS = ["experiment", "seed", "method", "ood_set", "group", "n_id", "n_ood"]
+COLUMNS += [metric + end for metric in ("fpr95", "auroc") for end in ("", "_lo", "_hi")]
+COLUMNS += ["aupr_in", "aupr_out", "detection_error", "threshold95", "id_accuracy", "score_seconds"]
+COLUMNS += ["hyperparameters", "published_fpr95", "published_auroc", "published_source"]
+COLUMNS += ["data_sha256", "fpr95_ood_positive", "tuned_on", "fit_seconds", "extra_passes"]
 METRICS = {"fpr95": ("FPR95", "lower is better"), "auroc": ("AUROC", "higher is better")}
 PUBLISHED_PATH = Path(__file__).with_name("published.csv")
+_read_published = cache(lambda: pd.read_csv(PUBLISHED_PATH))
+
+
+def with_published(lines: pd.DataFrame, published: PublishedConfig | None) -> pd.DataFrame:
+    """A results table with the published values beside the measured ones, all columns in order."""
+    values = [published_values(published, *pair) for pair in zip(lines.method, lines.ood_set)]
+    return pd.concat([lines, pd.DataFrame(values, index=lines.index)], axis=1)[COLUMNS]
 
 
 def published_values(published: PublishedConfig | None, method: str, ood_set: str) -> dict:
-    """The published FPR95 and AUROC (percent) of a method on a set, with their source; None where there is none."""
-    values = {"published_fpr95": None, "published_auroc": None, "published_source": None}
-    if published is None or ood_set not in published.ood_sets:
-        return values
-    table = _published_table()
-    found = table[
-        (table.method.map(_plain) == _plain(method))
-        & (table.id_set == published.id_set)
-        & (table.architecture == published.architecture)
-        & (table.ood_set == published.ood_sets[ood_set])
-    ]
-    if len(found) == 0:
-        return values
-    row = found.iloc[0]
-    return {"published_fpr95": row.fpr95, "published_auroc": row.auroc, "published_source": row.source}
+    """The published FPR95 and AUROC (percent) of a method on a set, with their source; None where unknown."""
+    row: dict = {}
+    if published is not None and ood_set in published.ood_sets:
+        table = _read_published()
+        found = table[
+            (table.method.map(_plain) == _plain(method))
+            & (table.id_set == published.id_set)
+            & (table.architecture == published.architecture)
+            & (table.ood_set == published.ood_sets[ood_set])
+        ]
+        row = next(iter(found.to_dict("records")), {})
+    return {f"published_{name}": row.get(name) for name in ("fpr95", "auroc", "source")}
 
 
 def _plain(method: str) -> str:
-    """A method's name without what spellings differ in: KL Matching, KL matching; DICE+ReAct, DICE + ReAct."""
+    """A method's name without what spellings differ in: KL Matching and KL matching, DICE+ReAct."""
     return method.lower().replace(" ", "")
-
-
-@cache
-def _published_table() -> pd.DataFrame:
-    return pd.read_csv(PUBLISHED_PATH)
 
 
 def write_results(results: pd.DataFrame, path: Path) -> None:
@@ -87,9 +61,9 @@ def read_results(path: Path) -> pd.DataFrame:
 
 
 def wide_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Methods x OOD sets of one metric in percent, mean over seeds, with the mean of each group and of all sets.
+    """Methods x OOD sets of one metric in percent, mean over seeds, with means over each group and all sets.
 
-    Near sets come first; a mean over a group is a plain mean of its sets, NaN when the method lacks one of them.
+    Near sets come first; a mean over a group is that of its sets, NaN when the method lacks one of them.
     """
     sets = ordered_sets(results)
     table = results.pivot_table(index="method", columns="ood_set", values=metric, sort=False)[list(sets)]
@@ -108,8 +82,7 @@ def _averaged(results: pd.DataFrame) -> dict[str, list[str]]:
 def ordered_sets(results: pd.DataFrame) -> dict[str, str]:
     """OOD set -> group; the near sets first."""
     pairs = results[["ood_set", "group"]].drop_duplicates()
-    order = sorted(zip(pairs.ood_set, pairs.group), key=lambda pair: pair[1] == "far")
-    return dict(order)
+    return dict(sorted(zip(pairs.ood_set, pairs.group), key=lambda pair: pair[1] == "far"))
 
 
 def mean_table(results: pd.DataFrame, resamples: Mapping[str, Mapping[str, pd.DataFrame]]) -> pd.DataFrame:
@@ -118,12 +91,12 @@ def mean_table(results: pd.DataFrame, resamples: Mapping[str, Mapping[str, pd.Da
     Parameters
     ----------
     results : the long-form table
-    resamples : metric -> method -> the metric on bootstrap resamples, a column an OOD set, see Experiment.resamples
+    resamples : metric -> method -> the metric on bootstrap resamples, see Experiment.resamples
 
     Returns
     -------
-    one line a method and mean (near, far, all sets): experiment, method, ood_sets (joined by "; "), and for each metric
-    its mean over seeds and sets, _lo and _hi (95 % interval), _std (over seeds; NaN where they do not differ)
+    one line per method and mean (near, far, all sets): experiment, method, ood_sets (joined by "; "), and for
+    each metric its mean over seeds and sets, _lo and _hi (95 % interval), _std (over seeds; NaN if all agree)
     """
     lines = []
     for members in _averaged(results).values():
@@ -150,8 +123,8 @@ def _cells(
 ) -> pd.DataFrame:
     """The wide table as text: values with their interval, or with their spread over several seeds.
 
-    The best value of each column, ties at the printed precision included, goes through `bold`; all texts go
-    through `escape`; a dagger marks the methods with `tuned_on`; a column that says so is added for each missing set.
+    The best value of each column, ties at the printed precision included, goes through `bold`, every text
+    through `escape`; a dagger marks the methods with `tuned_on`; each missing set has a column that says so.
     """
     table = wide_table(results, metric)
     cells = table.map(lambda value: "–" if np.isnan(value) else f"{value:.1f}")
@@ -162,10 +135,10 @@ def _cells(
         cells.loc[method, ood_set] += _uncertainty(_spread(rows[metric]), low, high)
     columns = {"; ".join(members): column for column, members in _averaged(results).items()}
     for line in [] if means is None else means.to_dict("records"):
-        place = line["method"], columns.get(line["ood_sets"])
-        if place[0] in cells.index and place[1] is not None:
-            ends = [line[f"{metric}_{end}"] for end in ("std", "lo", "hi")]
-            cells.loc[place] += _uncertainty(*ends)
+        column = columns.get(line["ood_sets"])
+        if column is not None and line["method"] in cells.index:
+            ends = (line[f"{metric}_{end}"] for end in ("std", "lo", "hi"))
+            cells.loc[line["method"], column] += _uncertainty(*ends)
     cells = cells.map(escape)
     daggers = {method: f"{method} †" for method in _tuned_on(results)}
     cells = cells.where(~best, cells.map(bold)).rename(index=daggers).rename(index=escape, columns=escape)
@@ -216,66 +189,50 @@ def latex_table(
 ) -> str:
     """One metric as a LaTeX booktabs table; parameters as for `markdown_table`."""
     cells = _cells(results, metric, missing, means, bold=r"\textbf{{{}}}".format, escape=_latex)
-    rows = [" & ".join([method, *row]) + r" \\" for method, row in zip(cells.index, cells.to_numpy())]
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_latex(describe_table(results, metric, missing))}}}",
-            rf"\begin{{tabular}}{{l{'r' * len(cells.columns)}}}",
-            r"\toprule",
-            " & ".join(["method", *cells.columns]) + r" \\",
-            r"\midrule",
-            *rows,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
+    cells.columns.name = None
+    style = cells.rename_axis("method").reset_index().style.hide(axis="index")
+    caption, columns = _latex(describe_table(results, metric, missing)), "l" + "r" * len(cells.columns)
+    return style.to_latex(hrules=True, position_float="centering", column_format=columns, caption=caption)
 
 
 def _latex(text: str) -> str:
     replacements = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$", "†": r"$\dagger$"}
-    replacements |= {character: "\\" + character for character in "&%$#_{}"}
-    return "".join(replacements.get(character, character) for character in text)
+    return text.translate(str.maketrans(replacements | {sign: "\\" + sign for sign in "&%$#_{}"}))
 
 
 def describe_table(results: pd.DataFrame, metric: str, missing: Iterable[str] = ()) -> str:
-    """What a table shows, in two or three sentences: metric and direction, ID set size, intervals, missing sets."""
+    """What a table shows, in a few sentences: metric, direction, sizes of sets, intervals, missing sets."""
     name, direction = METRICS[metric]
     seeds = sorted(results.seed.unique())
-    varies = results.groupby(["method", "ood_set"])[metric].nunique().max() > 1
     interval = "95 % bootstrap interval"
-    if varies:
+    if results.groupby(["method", "ood_set"])[metric].nunique().max() > 1:
         interval = f"mean ± standard deviation over seeds ({interval} where they do not differ)"
     sizes = results.drop_duplicates("ood_set")
     sizes = ", ".join(f"{row.ood_set} {row.n_ood:,}" for row in sizes.itertuples())
-    by_choice: dict[str, list[str]] = {}
-    for method, choice in _tuned_on(results).items():
-        by_choice.setdefault(choice, []).append(method)
     text = (
         f"{name} in percent ({direction}), {interval}; experiment {results.experiment.iloc[0]}, "
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, "
         f"ID accuracy {_accuracies(results)}, {results.n_id.iloc[0]:,} ID images, OOD images: {sizes}."
     )
-    text += "".join(f" † {', '.join(methods)}: {choice}." for choice, methods in by_choice.items())
-    text += "".join(
-        f" Approximation for {', '.join(methods)}: {what}."
-        for what, methods in _approximations(results).items()
-    )
-    text += _reported_apart(results)
-    missing = list(missing)
-    return text + (f" Without {', '.join(missing)}: not found and skipped." if missing else "")
+    for methods, choice in _sharing(_tuned_on(results)):
+        text += f" † {methods}: {choice}."
+    for methods, what in _sharing(_approximations(results)):
+        text += f" Approximation for {methods}: {what}."
+    # Methods are not reported on sets with images like those that they have learned from.
+    sets, own_sets = set(results.ood_set), results.groupby("method", sort=False).ood_set
+    for methods, absent in _sharing({method: ", ".join(sorted(sets - set(own))) for method, own in own_sets}):
+        text += f" {methods}: not reported on {absent}."
+    without = ", ".join(missing)
+    return text + (f" Without {without}: not found and skipped." if without else "")
 
 
-def _reported_apart(results: pd.DataFrame) -> str:
-    """Which methods are not reported on which sets, because they have learned from images like these."""
-    sets, lacking = set(results.ood_set), {}
-    for method, own in results.groupby("method", sort=False).ood_set:
-        if absent := ", ".join(sorted(sets - set(own))):
-            lacking.setdefault(absent, []).append(method)
-    return "".join(f" {', '.join(methods)}: not reported on {absent}." for absent, methods in lacking.items())
+def _sharing(texts: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    """The methods that share a text, joined, and the text; those without one are left out."""
+    found: dict[str, list[str]] = {}
+    for method, text in texts.items():
+        if text:
+            found.setdefault(text, []).append(method)
+    return [(", ".join(methods), text) for text, methods in found.items()]
 
 
 def _accuracies(results: pd.DataFrame) -> str:
@@ -283,22 +240,15 @@ def _accuracies(results: pd.DataFrame) -> str:
     means = results.groupby("method", sort=False).id_accuracy.mean().map("{:.2f} %".format)
     counts = means.value_counts()
     common = next(value for value in means if counts[value] == counts.max())
-    others = means[means != common]
-    listed = [
-        f"{value} for {', '.join(methods)}"
-        for value, methods in others.groupby(others, sort=False).groups.items()
-    ]
+    listed = [f"{value} for {methods}" for methods, value in _sharing(means[means != common])]
     return common + (f" ({'; '.join(listed)})" if listed else "")
 
 
-def _approximations(results: pd.DataFrame) -> dict[str, list[str]]:
-    """What a network was trained by in place of its recipe -> the methods that score it."""
-    found: dict[str, list[str]] = {}
-    for row in results.drop_duplicates("method").dropna(subset="hyperparameters").itertuples():
-        what = json.loads(row.hyperparameters).get("network", {}).get("approximation")
-        if what:
-            found.setdefault(what, []).append(row.method)
-    return found
+def _approximations(results: pd.DataFrame) -> dict[str, str | None]:
+    """Method -> what its network was trained by in place of its recipe."""
+    rows = results.drop_duplicates("method").dropna(subset="hyperparameters")
+    settings = zip(rows.method, map(json.loads, rows.hyperparameters))
+    return {method: found.get("network", {}).get("approximation") for method, found in settings}
 
 
 def tuned_label(label: str) -> str:
@@ -312,19 +262,19 @@ def defaults(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def tuning_pairs(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of methods that have a tuned row, and those, on the OOD sets that the tuned ones are reported on.
-
-    A column is added: tuned (bool).
-    """
-    tuned = {method: tuned_label(method) for method in results.method.unique()}
-    tuned = {method: label for method, label in tuned.items() if label in set(results.method)}
-    is_tuned = results.method.isin(tuned.values())
-    sets = results[is_tuned].ood_set.unique()
-    pairs = results.assign(tuned=is_tuned)[
-        results.method.isin([*tuned, *tuned.values()]) & results.ood_set.isin(sets)
+    """The rows of methods that have a tuned row, and the tuned ones, on the OOD sets of these;
+    with a column `tuned` (bool)."""
+    methods = set(results.method)
+    order = [
+        name
+        for method in results.method.unique()
+        if tuned_label(method) in methods
+        for name in (method, tuned_label(method))
     ]
-    order = {name: number for number, name in enumerate(name for pair in tuned.items() for name in pair)}
-    return pairs.sort_values("method", key=lambda names: names.map(order), kind="stable")
+    tuned = results.method.isin(order[1::2])
+    reported = results.ood_set.isin(results[tuned].ood_set)
+    pairs = results.assign(tuned=tuned)[results.method.isin(order) & reported]
+    return pairs.sort_values("method", key=lambda names: names.map(order.index), kind="stable")
 
 
 def paired_differences(
@@ -332,18 +282,18 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Differences of the mean over OOD sets between every two methods, with paired bootstrap intervals.
 
-    Both methods are evaluated on the same resampled images, so what makes an image easy or hard for both cancels.
+    Both methods are evaluated on the same resampled images, so what makes one easy or hard for both cancels.
 
     Parameters
     ----------
     results : the long-form table
-    resamples : method -> the metric on bootstrap resamples in percent, a column an OOD set, see Experiment.resamples; methods
-        that are not reported on all sets are left out
+    resamples : method -> the metric on bootstrap resamples in percent, one column per OOD set, see
+        Experiment.resamples; methods that are not reported on all sets are left out
 
     Returns
     -------
-    one line a pair, methods from best to worst: method_a (the better), method_b, difference (a - b, in points),
-    low, high (95 % interval; not corrected for the number of pairs)
+    one line per pair, methods from best to worst: method_a (the better), method_b, difference (a - b in
+    points), low, high (95 % interval; not corrected for the number of pairs)
     """
     resamples = _on_all_sets(results, resamples)
     means = wide_table(results, metric)["mean"][list(resamples)]
@@ -358,18 +308,17 @@ def paired_differences(
 def rank_intervals(
     results: pd.DataFrame, resamples: Mapping[str, pd.DataFrame], metric: str = "fpr95"
 ) -> tuple[pd.DataFrame, list[list[str]]]:
-    """Mean rank of each method over the OOD sets (1 = best, ties share their mean) with its bootstrap interval.
+    """Mean rank of each method over the OOD sets (1 = best, ties share their mean) with bootstrap intervals.
 
-    Ranks of resamples are drawn towards the middle, where methods are close, so an interval may reach further inwards.
+    Where methods are close, ranks of resamples move to the middle; an interval may reach further inwards.
 
     Parameters as for `paired_differences`.
 
     Returns
     -------
     ranks : method, mean_rank, low, high (95 % interval over the images); best first
-    cliques : runs of neighbours of which no two differ: the 95 % interval of each difference of mean ranks, paired,
-        contains 0. The longest runs only, those of a single method left out; methods in no common run may
-        still not differ
+    cliques : the longest runs of two and more neighbours of which no two differ: the 95 % interval of each
+        difference of mean ranks, paired, contains 0; methods in no common run may still not differ
     """
     from scipy.stats import rankdata  # late: importing scipy.stats takes half a second
 
@@ -448,9 +397,7 @@ def export_tables(
     """
     missing, written = list(missing), []
     for metric in METRICS:
-        wide = wide_table(results, metric)
-        for name in missing:
-            wide[name] = None
+        wide = wide_table(results, metric).assign(**dict.fromkeys(missing))
         texts = {
             "csv": wide.to_csv(float_format="%.6g", lineterminator="\n"),
             "md": markdown_table(results, metric, missing, means),

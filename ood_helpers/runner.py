@@ -1,18 +1,19 @@
 """Running the notebooks headlessly: which, in which order, with which parameters, and what is up to date.
 
-A notebook says in its metadata what it needs: {"ood": {"needs": ["03_precompute"], "per_seed": true}}; `after`
-names notebooks it only waits for, `method` how a network is made without which it has nothing to show.
-Papermill executes it into runs/<experiment>/notebooks/; a record beside it holds the fingerprint of all it
-depends on (its cells, its parameters, the config, the package, the image sets), so a second run executes
-only what changed.
+A notebook's metadata say what it needs: {"ood": {"needs": ["03_precompute"], "per_seed": true}}; `after`
+names notebooks that it only waits for, `method` the training method without which it has nothing to show.
+Papermill executes it into runs/<experiment>/notebooks/. A record beside it holds the fingerprint of all that
+it depends on (cells, parameters, config, package, image sets): a second run executes only what has changed.
 """
 
+import io
 import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -21,11 +22,13 @@ from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from ood_helpers.config import PROJECT_ROOT, resolve_path
+from ood_helpers.config.base import PROJECT_ROOT, resolve_path
 from ood_helpers.errors import InputError, nearest
+from ood_helpers.experiment import Experiment
 from ood_helpers.files import sha256_of_file, sha256_of_json, write_json, write_text
-from ood_helpers.groups import group_path
-from ood_helpers.pipeline import Experiment
+from ood_helpers.image_sets import checkpoints
+from ood_helpers.mos.groups import group_path
+from ood_helpers.storage import tree_fingerprint
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
 
@@ -69,8 +72,8 @@ def plan(
     Parameters
     ----------
     only : these notebooks and no others
-    methods : how the networks of the experiment are made; a notebook about another way is left out, unless `only` names
-        it. None = any
+    methods : training methods of the experiment's networks; a notebook about another one is left out, unless
+        `only` names it. None = any
 
     Raises
     ------
@@ -80,30 +83,23 @@ def plan(
     for name in only or ():
         if name not in names:
             raise InputError(f"No notebook {name!r} in notebooks/; {nearest(name, names)}")
+    names = [name for name in names if not only or name in only]
     tasks: list[Task] = []
     for name in names:
-        if only and name not in only:
-            continue
-        about = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).metadata.get("ood", {})
+        path = NOTEBOOKS / f"{name}.ipynb"
+        about = nbformat.read(path, as_version=4).metadata.get("ood", {})
         if not only and methods is not None and about.get("method", "") not in {"", *methods}:
             continue
         per_seed = about.get("per_seed", False)
         for seed in seeds if per_seed else seeds[:1]:
-            earlier = {
-                kind: tuple(
-                    task.name
-                    for task in tasks
-                    if task.notebook.stem in about.get(kind, ()) and _meets(task, per_seed, seed)
-                )
+            earlier = [task for task in tasks if task.seed == seed or not (per_seed and task.per_seed)]
+            needs, after = (
+                tuple(task.name for task in earlier if task.notebook.stem in about.get(kind, ()))
                 for kind in ("needs", "after")
-            }
+            )
             suffix = f".seed{seed}" if per_seed and len(seeds) > 1 else ""
-            tasks.append(Task(name + suffix, NOTEBOOKS / f"{name}.ipynb", seed, **earlier, per_seed=per_seed))
+            tasks.append(Task(name + suffix, path, seed, needs, after, per_seed))
     return tasks
-
-
-def _meets(task: Task, per_seed: bool, seed: int) -> bool:
-    return not per_seed or not task.per_seed or task.seed == seed
 
 
 class _ReportingEngine(NBClientEngine):
@@ -124,7 +120,7 @@ class _ReportingEngine(NBClientEngine):
 papermill_engines.register("reporting", _ReportingEngine)
 
 
-class _LastLine:
+class _LastLine(io.TextIOBase):
     """A stream that hands its latest line on: the progress bars of a running cell."""
 
     def __init__(self, report: Callable[[str], None]) -> None:
@@ -135,8 +131,12 @@ class _LastLine:
         if lines:
             self.report(lines[-1])
 
-    def flush(self) -> None:
-        pass
+
+@cache
+def package_fingerprint(root: Path = PROJECT_ROOT / "ood_helpers") -> str:
+    """SHA-256 over the code of the package, as the store takes it, and the tables in it."""
+    code = [tree_fingerprint(path) for path in sorted(root.rglob("*.py"))]
+    return sha256_of_json([*code, *(sha256_of_file(path) for path in sorted(root.rglob("*.csv")))])
 
 
 class Runner:
@@ -148,18 +148,13 @@ class Runner:
     def __init__(self, experiment: Experiment, parameters: dict, seeds: list[int], tasks: list[Task]) -> None:
         self.experiment, self.parameters, self.seeds, self.tasks = experiment, parameters, seeds, tasks
         self.directory = experiment.directory / "notebooks"
-        package = sorted(
-            path for path in (PROJECT_ROOT / "ood_helpers").rglob("*") if path.suffix in (".py", ".csv")
-        )
-        images = {name: item.fingerprint for name, item in sorted(experiment._image_sets.items())}
+        images = {name: item.fingerprint for name, item in sorted(experiment.image_sets.opened.items())}
         settings = {key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")}
-        weights = [sha256_of_file(resolve_path(checkpoint)) for checkpoint in experiment.checkpoints]
-        recipes = [network.softmax_groups for network in experiment.config.networks.values()]
-        files = [group_path(recipe.file) for recipe in recipes if recipe is not None and recipe.file]
-        groups = [sha256_of_file(path) for path in files]
-        code = [sha256_of_file(path) for path in package]
+        groups = [getattr(recipe, "groups", None) for recipe in experiment.config.networks.values()]
+        files = [resolve_path(path) for path in checkpoints(experiment.config)]
+        files += [group_path(recipe.file) for recipe in groups if getattr(recipe, "file", None)]
         config = experiment.config.model_dump(mode="json")
-        self._common = [code, images, weights, groups, settings, config]
+        self._common = [package_fingerprint(), images, [*map(sha256_of_file, files)], settings, config]
 
     def fingerprint(self, task: Task) -> str:
         """SHA-256 over everything the executed notebook depends on."""
@@ -170,18 +165,15 @@ class Runner:
     def _task_parameters(self, task: Task) -> dict:
         """The parameters of the run and the task that the notebook's parameters cell names."""
         parameters = self.parameters | {"seed": task.seed, "seeds": self.seeds}
-        return {
-            name: parameters[name]
-            for name in papermill.inspect_notebook(str(task.notebook))
-            if name in parameters
-        }
+        named = papermill.inspect_notebook(str(task.notebook))
+        return {name: parameters[name] for name in named if name in parameters}
 
     def executed(self, task: Task) -> Path:
         """Where the executed notebook goes."""
         return self.directory / f"{task.name}.ipynb"
 
     def _outputs(self, task: Task, since: float) -> dict[str, str]:
-        """SHA-256 of each figure, table, results.csv and means.csv that the task has written since a point in time."""
+        """SHA-256 of each figure and table, results.csv and means.csv that the task has written since."""
         folder = self.experiment.with_seed(task.seed).figures_directory
         paths = sorted(folder.glob(f"{task.notebook.stem}*"))
         if task.notebook.stem == "30_results":
@@ -216,40 +208,32 @@ class Runner:
         try:
             while waiting or running:
                 for task in list(waiting):
-                    broken = [
-                        need
-                        for need in task.needs
-                        if need in outcomes and outcomes[need].status in ("failed", "skipped")
-                    ]
+                    ended = {name: outcomes[name].status for name in task.needs if name in outcomes}
+                    broken = [name for name, status in ended.items() if status in ("failed", "skipped")]
                     if broken:
                         outcomes[task.name] = Outcome("skipped", error=f"it needs {', '.join(broken)}")
-                    elif (
-                        any(name not in outcomes for name in task.needs + task.after) or len(running) >= jobs
-                    ):
+                    elif len(running) >= jobs or not outcomes.keys() >= {*task.needs, *task.after}:
                         continue
                     elif not force and (earlier := self.earlier(task)).status == "up to date":
                         outcomes[task.name] = earlier
                     else:
                         running[pool.submit(self._execute, task, report)] = task
-                        waiting.remove(task)
-                        continue
                     waiting.remove(task)
-                    finish(task, outcomes[task.name])
-                if running:
-                    ended: set[Future] = wait(running, return_when=FIRST_COMPLETED)[0]
-                    for future in ended:
-                        task = running.pop(future)
-                        outcomes[task.name] = future.result()
+                    if task.name in outcomes:
                         finish(task, outcomes[task.name])
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    task = running.pop(future)
+                    outcomes[task.name] = future.result()
+                    finish(task, outcomes[task.name])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         return {task.name: outcomes[task.name] for task in self.tasks}
 
     def _execute(self, task: Task, report: Report) -> Outcome:
-        output = self.executed(task)
-        begin, started, share = time.perf_counter(), time.time(), 0.0
+        output, share = self.executed(task), 0.0
+        running, failed = output.with_suffix(".running.ipynb"), output.with_suffix(".failed.ipynb")
         output.parent.mkdir(parents=True, exist_ok=True)
-        running = output.with_suffix(".running.ipynb")
+        begin, started = time.perf_counter(), time.time()
 
         def report_cell(index: int, total: int) -> None:
             nonlocal share
@@ -271,18 +255,15 @@ class Runner:
                 coalesce_streams=True,
                 extra_arguments=["--log-level=CRITICAL"],  # its notices look like failures
             )
-        except PapermillExecutionError as error:
-            failed = output.with_suffix(".failed.ipynb")
-            os.replace(running, failed)
-            seconds = time.perf_counter() - begin
-            message = f"cell {error.cell_index}: {error.ename}: {error.evalue}"
-            return Outcome("failed", seconds, f"{message} (see {failed})")
         except Exception as error:
-            return Outcome("failed", time.perf_counter() - begin, f"{type(error).__name__}: {error}")
+            message = f"{type(error).__name__}: {error}"
+            if isinstance(error, PapermillExecutionError):
+                os.replace(running, failed)
+                message = f"cell {error.cell_index}: {error.ename}: {error.evalue} (see {failed})"
+            return Outcome("failed", time.perf_counter() - begin, message)
         os.replace(running, output)
-        output.with_suffix(".failed.ipynb").unlink(missing_ok=True)
-        page = HTMLExporter().from_filename(str(output))[0]
-        write_text(output.with_suffix(".html"), page)
+        failed.unlink(missing_ok=True)
+        write_text(output.with_suffix(".html"), HTMLExporter().from_filename(str(output))[0])
         outputs = self._outputs(task, since=started - 1)  # file systems round times
         outcome = Outcome("done", round(time.perf_counter() - begin, 1), outputs=list(outputs))
         record = {"fingerprint": fingerprint, "seconds": outcome.seconds, "outputs": outputs}

@@ -31,6 +31,21 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a small experiment with its results, and these. Processes that run tests side by side share it."""
+    from small_experiments import small
+
+    from ood_helpers import studies
+
+    folder = tmp_path_factory.getbasetemp()
+    if workers > 1:
+        folder = folder.parent
+    run = small(folder / "small")
+    studies.collect_results(run)
+    return folder / "small", run.results()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no process waits for them at the end."""
     items.sort(key=lambda item: "notebooks" not in item.path.parts)

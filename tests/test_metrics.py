@@ -38,10 +38,11 @@ def test_vectors(name):
     id_scores, ood_scores, auroc, aupr_in, aupr_out, oe, exact = VECTORS[name]
     id_scores, ood_scores = list(id_scores), list(ood_scores)
     assert metrics.auroc(id_scores, ood_scores) == pytest.approx(auroc, abs=1e-6)
-    assert metrics.aupr_in(id_scores, ood_scores) == pytest.approx(aupr_in, abs=1e-6)
-    assert metrics.aupr_out(id_scores, ood_scores) == pytest.approx(aupr_out, abs=1e-6)
     assert metrics.fpr_at_tpr(id_scores, ood_scores, compat="oe") == pytest.approx(oe, abs=1e-6)
     assert metrics.fpr_at_tpr(id_scores, ood_scores) == pytest.approx(exact, abs=1e-6)
+    found = metrics.evaluate(id_scores, ood_scores)
+    assert found["aupr_in"] == pytest.approx(100 * aupr_in, abs=1e-4)
+    assert found["aupr_out"] == pytest.approx(100 * aupr_out, abs=1e-4)
 
 
 RULES = {
@@ -64,14 +65,14 @@ def test_the_three_fpr_rules(name):
 
 
 def test_ood_positive_fpr_is_another_quantity():
-    assert metrics.fpr95_ood_positive(list(TWENTY), np.arange(10) + 0.5) == pytest.approx(0.45)
-    assert metrics.auroc(list(TWENTY), np.arange(10) + 0.5) == pytest.approx(0.775)
-    assert metrics.fpr95_ood_positive(list(HUNDRED), list(HUNDRED)) == pytest.approx(0.95)
+    found = metrics.evaluate(list(TWENTY), np.arange(10) + 0.5)
+    assert (found["fpr95_ood_positive"], found["auroc"]) == (pytest.approx(45), pytest.approx(77.5))
+    assert metrics.evaluate(list(HUNDRED), list(HUNDRED))["fpr95_ood_positive"] == pytest.approx(95)
 
 
 def test_constant_scores_have_auroc_one_half():
-    assert metrics.auroc([2.0] * 9, [2.0] * 4) == 0.5
-    assert metrics.detection_error([2.0] * 9, [2.0] * 4) == 0.5
+    found = metrics.evaluate([2.0] * 9, [2.0] * 4)
+    assert (found["auroc"], found["detection_error"]) == (50, 50)
 
 
 def tied_scores(seed):
@@ -100,7 +101,6 @@ def test_against_scikit_learn_on_tied_scores(seed):
     id_rejected, ood_rejected, _ = roc_curve(1 - truth, -scores, drop_intermediate=False)
     expected = id_rejected[ood_rejected >= 0.95 - 1e-12][0]
     assert result["fpr95_ood_positive"] == pytest.approx(100 * expected, abs=1e-10)
-    assert metrics.fpr95_ood_positive(id_scores, ood_scores) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -123,14 +123,15 @@ def test_dice_rule_against_its_definition(seed):
 
 def test_evaluate_gives_percent_of_the_single_functions():
     id_scores, ood_scores = tied_scores(3)
+    exact = metrics.evaluate(id_scores, ood_scores)
+    others = ["auroc", "aupr_in", "aupr_out", "detection_error", "fpr95_ood_positive", "threshold95"]
+    assert list(exact) == ["fpr95", *others]
+    assert exact["auroc"] == 100 * metrics.auroc(id_scores, ood_scores)
+    assert exact["threshold95"] == metrics.threshold_at_tpr(id_scores)
     for compat in (None, "oe", "dice"):
-        result = metrics.evaluate(id_scores, ood_scores, compat=compat)
-        percentages = ("auroc", "aupr_in", "aupr_out", "detection_error", "fpr95_ood_positive")
-        assert list(result) == ["fpr95", *percentages, "threshold95"]
-        assert result["fpr95"] == 100 * metrics.fpr_at_tpr(id_scores, ood_scores, compat=compat)
-        for name in percentages:
-            assert result[name] == 100 * getattr(metrics, name)(id_scores, ood_scores), name
-        assert result["threshold95"] == metrics.threshold_at_tpr(id_scores)
+        found = metrics.evaluate(id_scores, ood_scores, compat=compat)
+        assert found["fpr95"] == 100 * metrics.fpr_at_tpr(id_scores, ood_scores, compat=compat)
+        assert {name: found[name] for name in others} == {name: exact[name] for name in others}
 
 
 @pytest.mark.parametrize("count", [1, 7, 19, 20, 21, 100, 1017])
@@ -160,9 +161,7 @@ def test_order_and_container_of_the_scores_do_not_matter():
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["fpr_at_tpr", "auroc", "aupr_in", "aupr_out", "detection_error", "fpr95_ood_positive"]
-)
+@pytest.mark.parametrize("name", ["fpr_at_tpr", "auroc", "evaluate", "resampled"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite_are_an_error(name, bad):
     function = getattr(metrics, name)
@@ -176,25 +175,37 @@ def test_empty_scores_and_wrong_settings_are_errors():
     with pytest.raises(InputError, match="no ID scores"):
         metrics.threshold_at_tpr([])
     with pytest.raises(InputError, match="no OOD scores"):
-        metrics.bootstrap([1.0], [])
+        metrics.resampled([1.0], [])
     for tpr in (0, 1.5, math.nan):
         with pytest.raises(InputError, match="TPR level"):
             metrics.threshold_at_tpr([1.0], tpr)
     with pytest.raises(InputError, match="did you mean 'dice'"):
         metrics.evaluate([1.0], [0.0], compat="dise")
     with pytest.raises(InputError, match="0 resamples"):
-        metrics.bootstrap([1.0], [0.0], resamples=0)
-    with pytest.raises(InputError, match="confidence is 95"):
-        metrics.bootstrap([1.0], [0.0], confidence=95)
-    with pytest.raises(InputError, match="at least 2 of each"):
-        metrics.delong_interval([1.0], [0.0, 2.0])
+        metrics.resampled([1.0], [0.0], resamples=0)
+    for confidence in (0, 1, 95):
+        with pytest.raises(InputError, match=f"confidence is {confidence}"):
+            metrics.interval([1.0], confidence)
+
+
+def bootstrap(id_scores, ood_scores, resamples=1000, confidence=0.95, seed=0):
+    """The percentile intervals of the results table, metric -> (low, high)."""
+    drawn = metrics.resampled(id_scores, ood_scores, resamples, seed)
+    return {name: metrics.interval(values, confidence) for name, values in drawn.items()}
+
+
+def delong_interval(id_scores, ood_scores):
+    """95 % interval of the AUROC in percent by DeLong, DeLong and Clarke-Pearson, Biometrics 44 (1988)."""
+    wins = 100 * ((id_scores[:, None] > ood_scores) + 0.5 * (id_scores[:, None] == ood_scores))
+    variance = wins.mean(1).var(ddof=1) / len(id_scores) + wins.mean(0).var(ddof=1) / len(ood_scores)
+    return scipy.stats.norm.interval(0.95, wins.mean(), np.sqrt(variance))
 
 
 def all_draws(images, resamples, stream=0, seed=0):
     """How often each image is drawn, [resamples, images], in the order of `resampled`."""
     chunks = range(math.ceil(resamples / metrics.CHUNK))
     suffix = [seed] if stream == 0 else [seed, stream - 1]
-    draws = [metrics._draws(images, [min(stream, 1), chunk, *suffix]) for chunk in chunks]
+    draws = [metrics.image_draws(images, [min(stream, 1), chunk, *suffix]) for chunk in chunks]
     return np.concatenate(draws)[:resamples]
 
 
@@ -215,7 +226,7 @@ def test_resamples_equal_a_plain_loop_over_the_same_draws(sizes, seed):
     assert list(drawn) == ["fpr95", "auroc"]
     np.testing.assert_allclose(drawn["fpr95"], rates, rtol=1e-14)
     np.testing.assert_allclose(drawn["auroc"], areas, rtol=1e-14)
-    interval = metrics.bootstrap(id_scores, ood_scores, resamples=50, confidence=0.9, seed=seed)
+    interval = bootstrap(id_scores, ood_scores, resamples=50, confidence=0.9, seed=seed)
     assert interval["fpr95"] == pytest.approx(tuple(np.quantile(rates, [0.05, 0.95])), abs=1e-9)
     assert interval["auroc"] == pytest.approx(tuple(np.quantile(areas, [0.05, 0.95])), abs=1e-9)
 
@@ -228,8 +239,8 @@ RATES = {"usual rate": None, "so high a rate that half of the resamples are repl
 def test_draws_are_multinomial(images, rate, monkeypatch):
     """Of n draws a set of images with the share p gets Binomial(n, p), whichever images they are."""
     if rate is not None:
-        table = metrics._poisson_table
-        monkeypatch.setattr(metrics, "_poisson_table", lambda _: table(rate))
+        table = metrics.poisson_table
+        monkeypatch.setattr(metrics, "poisson_table", lambda _: table(rate))
     draws = all_draws(images, 8000)
     assert draws.shape == (8000, images)
     np.testing.assert_array_equal(draws.sum(axis=1), images)
@@ -247,7 +258,7 @@ def test_draws_are_multinomial(images, rate, monkeypatch):
 
 @pytest.mark.parametrize("rate", [0.0, 0.03, 0.6, 0.996, 1.0])
 def test_sixteen_bits_decide_a_poisson_count_only_where_all_further_bits_agree(rate):
-    table, cumulative = metrics._poisson_table(rate)
+    table, cumulative = metrics.poisson_table(rate)
     np.testing.assert_allclose(
         np.diff(cumulative, prepend=0), scipy.stats.poisson(rate).pmf(range(32)), atol=1e-15
     )
@@ -344,40 +355,26 @@ def test_memory_of_resamples_is_as_documented(n_id, n_ood, threads, dtype, monke
 def test_interval_is_that_of_percentiles():
     assert metrics.interval(range(101)) == pytest.approx((2.5, 97.5))
     assert metrics.interval(np.arange(100, -1, -1), confidence=0.8) == pytest.approx((10, 90))
-    with pytest.raises(InputError, match="confidence is 1"):
-        metrics.interval([1.0], confidence=1)
 
 
 def test_bootstrap_agrees_with_delong():
     random = np.random.default_rng(0)
     id_scores, ood_scores = random.normal(1, 1, 1500), random.normal(0, 1, 2000)
-    low, high = metrics.bootstrap(id_scores, ood_scores, resamples=2000)["auroc"]
-    delong_low, delong_high = metrics.delong_interval(id_scores, ood_scores)
-    width = 100 * (delong_high - delong_low)
+    low, high = bootstrap(id_scores, ood_scores, resamples=2000)["auroc"]
+    delong_low, delong_high = delong_interval(id_scores, ood_scores)
+    width = delong_high - delong_low
     assert high - low == pytest.approx(width, rel=0.1)
-    assert (low + high) / 2 == pytest.approx(50 * (delong_low + delong_high), abs=0.1 * width)
+    assert (low + high) / 2 == pytest.approx((delong_low + delong_high) / 2, abs=0.1 * width)
     assert low < 100 * metrics.auroc(id_scores, ood_scores) < high
-
-
-def test_delong_against_its_pairwise_definition():
-    id_scores, ood_scores = tied_scores(2)
-    wins = (id_scores[:, None] > ood_scores) + 0.5 * (id_scores[:, None] == ood_scores)
-    variance = wins.mean(1).var(ddof=1) / len(id_scores) + wins.mean(0).var(ddof=1) / len(ood_scores)
-    low, high = metrics.delong_interval(id_scores, ood_scores, confidence=0.9)
-    assert low == pytest.approx(wins.mean() - 1.6448536 * np.sqrt(variance), abs=1e-9)
-    assert high == pytest.approx(wins.mean() + 1.6448536 * np.sqrt(variance), abs=1e-9)
 
 
 def test_intervals_cover_the_true_auroc():
     """Normal scores one standard deviation apart: AUROC = Phi(1 / sqrt 2); 95 % of 200 studies, give or take 4 sigma."""
     truth = 0.5 * (1 + math.erf(0.5))
     random = np.random.default_rng(1)
-    covered = {"bootstrap": 0, "delong": 0}
+    covered = 0
     for study in range(200):
         id_scores, ood_scores = random.normal(1, 1, 100), random.normal(0, 1, 120)
-        low, high = metrics.bootstrap(id_scores, ood_scores, resamples=300, seed=study)["auroc"]
-        covered["bootstrap"] += low <= 100 * truth <= high
-        low, high = metrics.delong_interval(id_scores, ood_scores)
-        covered["delong"] += low <= truth <= high
-    assert 178 <= covered["bootstrap"] <= 200
-    assert 178 <= covered["delong"] <= 200
+        low, high = bootstrap(id_scores, ood_scores, resamples=300, seed=study)["auroc"]
+        covered += low <= 100 * truth <= high
+    assert 178 <= covered <= 200

@@ -19,7 +19,7 @@ from PIL import Image
 from ood_helpers import plots
 from ood_helpers.config import PROJECT_ROOT
 from ood_helpers.errors import InputError
-from ood_helpers.groups import Groups
+from ood_helpers.mos.groups import Groups
 
 CAPTION = "digits · seed 0"
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
-from ood_helpers.config import CONFIG_DIRECTORY, PROJECT_ROOT, load_config
-from ood_helpers.detectors import create_all
-from ood_helpers.features import FeatureBank, Head
-from ood_helpers.pipeline import Experiment
+from ood_helpers.banks import FeatureBank, Head
+from ood_helpers.config import PROJECT_ROOT, load_config
+from ood_helpers.detectors.base import DETECTORS, create
+from ood_helpers.experiment import Experiment
 
 README = (PROJECT_ROOT / "README.md").read_text()
 
@@ -27,17 +27,19 @@ def test_the_example_config_is_complete(tmp_path):
     path.write_text(re.search(r"```yaml\n(# my_experiment.yaml\n.*?)```", README, re.DOTALL)[1])
     config = load_config(path, data_root=tmp_path)
     assert config.id.test.path == str(tmp_path / "test.npz")
-    assert list(create_all(config.detectors)) == ["msp", "energy", "himplos", "line"]
+    assert list(config.detectors) == ["msp", "energy", "himplos", "line"]
+    for row, settings in config.detectors.items():
+        assert create(row, **settings).hyperparameters().items() >= settings.items()
 
 
-def test_the_example_detector_scores_as_its_docstring_says():
+def test_the_example_detector_scores_as_its_docstring_says(monkeypatch):
+    monkeypatch.setattr(DETECTORS, "_classes", {**DETECTORS})  # the example is registered for this test only
     code = re.search(r"```python\n(# ood_helpers/detectors/nearest_mean.py\n.*?)```", README, re.DOTALL)[1]
     assert len([line for line in code.splitlines() if line.strip()]) <= 22  # "about twenty lines"
-    namespace = {"__name__": "ood_helpers.detectors.nearest_mean"}
-    exec(code, namespace)
+    exec(code, {"__name__": "ood_helpers.detectors.nearest_mean"})
     features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
     bank = FeatureBank(features, features, torch.tensor([0, 0, 1]))
-    detector = namespace["NearestMean"]().fit(bank, Head(torch.eye(2), torch.zeros(2)))
+    detector = create("nearest_mean").fit(bank, Head(torch.eye(2), torch.zeros(2)))
     assert detector.score_samples(bank).tolist() == [-1.0, -1.0, 0.0]  # class means (1, 0) and (0, 4)
 
 
@@ -65,12 +67,10 @@ def test_the_notebooks_of_the_readme_exist():
 )
 def test_networks_of_the_readme_are_valid(tmp_path, place, experiment, methods, labels):
     section = yaml.safe_load(re.findall(r"```yaml\n(networks:\n.*?)```", README, re.DOTALL)[place])
-    config = yaml.safe_load((CONFIG_DIRECTORY / f"{experiment}.yaml").read_text())
-    for key in ("tuning", "outliers", "unleashing_ablations"):
-        del config[key]  # they belong to the networks that are replaced
-    config |= section
-    (tmp_path / "readme.yaml").write_text(yaml.safe_dump(config))
+    replaced = {"networks", "detectors", "tuning", "outliers", "ablations"}
+    config = load_config(experiment).model_dump(mode="json", exclude_none=True, exclude=replaced)
+    (tmp_path / "readme.yaml").write_text(yaml.safe_dump(config | section))
     run = Experiment.open(tmp_path / "readme.yaml")
-    assert set(run.networks) >= set(section["networks"])
-    assert [detector.label for detector in run.detectors.values()] == labels
-    assert run.training_methods == methods
+    assert set(run.config.networks) == set(section["networks"])
+    assert [row.label for row in run.rows().values()] == labels
+    assert run.training_methods() == methods

@@ -7,8 +7,8 @@ import pytest
 
 from ood_helpers import runner as runner_module
 from ood_helpers.errors import InputError
-from ood_helpers.pipeline import Experiment
-from ood_helpers.runner import NOTEBOOKS, Runner, notebook_names, plan
+from ood_helpers.experiment import Experiment
+from ood_helpers.runner import NOTEBOOKS, Runner, notebook_names, package_fingerprint, plan
 
 PARAMETERS = 'experiment = ""\nrun_dir = ""\nfigures_dir = ""\nseed = 0\nseeds = [0]\noverrides = []'
 
@@ -32,15 +32,18 @@ def notebooks(tmp_path, monkeypatch):
     return folder
 
 
-def run(tmp_path, seeds=(0,), only=None, force=False, jobs=2, overrides=()):
+def runner_of(tmp_path, seeds=(0,), only=None, overrides=()):
     parameters = {
         "experiment": "digits",
         "run_dir": str(tmp_path / "runs"),
         "figures_dir": str(tmp_path / "figures"),
     }
     experiment = Experiment.open(**parameters, device="cpu", overrides=overrides)
-    lines, finished = [], []
-    runner = Runner(experiment, parameters | {"overrides": list(overrides)}, list(seeds), plan(seeds, only))
+    return Runner(experiment, parameters | {"overrides": list(overrides)}, list(seeds), plan(seeds, only))
+
+
+def run(tmp_path, force=False, jobs=2, **options):
+    runner, lines, finished = runner_of(tmp_path, **options), [], []
     outcomes = runner.run(
         jobs,
         force,
@@ -48,6 +51,16 @@ def run(tmp_path, seeds=(0,), only=None, force=False, jobs=2, overrides=()):
         lambda task, outcome: finished.append(task.name),
     )
     return runner, outcomes, lines, finished
+
+
+def statuses(tmp_path, **options):
+    return [outcome.status for outcome in run(tmp_path, **options)[1].values()]
+
+
+def earlier(tmp_path, **options):
+    """What the last run left, in the eyes of a run with these options."""
+    runner = runner_of(tmp_path, **options)
+    return [runner.earlier(task).status for task in runner.tasks]
 
 
 def test_a_failure_names_cell_and_error_and_stops_only_what_needs_it(notebooks, tmp_path):
@@ -77,18 +90,18 @@ def test_a_failure_names_cell_and_error_and_stops_only_what_needs_it(notebooks, 
 def test_a_second_run_does_only_what_changed(notebooks, tmp_path):
     write(notebooks, "01_first", "1")
     write(notebooks, "02_second", "2", needs=["01_first"])
-
-    def statuses(**options):
-        return [outcome.status for outcome in run(tmp_path, **options)[1].values()]
-
-    assert statuses() == ["done", "done"]
-    assert statuses() == ["up to date", "up to date"]
+    assert earlier(tmp_path) == ["not run", "not run"]
+    assert statuses(tmp_path) == ["done", "done"]
+    assert statuses(tmp_path) == ["up to date", "up to date"]
     write(notebooks, "02_second", "3", needs=["01_first"])
-    assert statuses() == ["up to date", "done"]
-    assert statuses(overrides=["line.delta=0.5"]) == ["done", "done"]
-    assert statuses(overrides=["line.delta=0.5"], force=True, only=["02_second"]) == ["done"]
+    assert statuses(tmp_path) == ["up to date", "done"]
+    assert statuses(tmp_path, force=True, only=["02_second"]) == ["done"]
+    changed = ["line.delta=0.5"]
+    assert earlier(tmp_path, overrides=changed) == ["out of date", "out of date"]
+    assert statuses(tmp_path, overrides=changed, only=["01_first"]) == ["done"]
+    assert earlier(tmp_path, overrides=changed) == ["up to date", "out of date"]
     (tmp_path / "runs" / "digits" / "notebooks" / "01_first.ipynb").unlink()
-    assert statuses(overrides=["line.delta=0.5"]) == ["done", "up to date"]
+    assert earlier(tmp_path, overrides=changed) == ["not run", "out of date"]
 
 
 def test_a_missing_figure_is_drawn_again(notebooks, tmp_path):
@@ -101,23 +114,44 @@ def test_a_missing_figure_is_drawn_again(notebooks, tmp_path):
     )
     outcome = run(tmp_path)[1]["01_draws"]
     assert outcome.outputs == ["digits/01_draws_a.png"]
-    assert run(tmp_path)[1]["01_draws"].status == "up to date"
-    (folder / "01_draws_a.png").unlink()
-    assert run(tmp_path)[1]["01_draws"].status == "done"
+    assert statuses(tmp_path) == ["up to date"]
     (folder / "01_draws_a.png").write_bytes(b"drawn by hand with other settings")
-    assert run(tmp_path)[1]["01_draws"].status == "done"
+    assert earlier(tmp_path) == ["out of date"]
+    (folder / "01_draws_a.png").unlink()
+    assert statuses(tmp_path) == ["done"] and (folder / "01_draws_a.png").exists()
 
 
-def test_a_replaced_checkpoint_makes_everything_out_of_date(tmp_path):
-    weights = tmp_path / "weights.pth"
-    overrides = ["backbone.training=null", f"backbone.checkpoint={weights}"]
-    experiment = Experiment.open("digits", run_dir=str(tmp_path), overrides=overrides, device="cpu")
+@pytest.mark.parametrize("kind", ["checkpoint", "groups"])
+def test_a_replaced_file_makes_everything_out_of_date(tmp_path, kind):
+    path = tmp_path / {"checkpoint": "weights.pth", "groups": "groups.yaml"}[kind]
+    overrides = {
+        "checkpoint": ["backbone.training=null", f"backbone.checkpoint={path}"],
+        "groups": [f"networks.group.groups.file={path}"],
+    }[kind]
     fingerprints = set()
-    for content in (b"one", b"two"):
-        weights.write_bytes(content)
-        task = plan([0], ["12_line"])[0]
-        fingerprints.add(Runner(experiment, {"overrides": overrides}, [0], [task]).fingerprint(task))
+    for content in (b"one", b"two", b"two"):
+        path.write_bytes(content)
+        runner = runner_of(tmp_path, only=["12_line"], overrides=overrides)
+        fingerprints.add(runner.fingerprint(runner.tasks[0]))
     assert len(fingerprints) == 2
+
+
+def test_the_package_has_changed_when_its_code_or_its_tables_have(tmp_path):
+    found = []
+    for place, (code, table) in enumerate(
+        [
+            ("def f():\n    return 1", "a,b"),
+            ('def f():\n    """Documented."""\n    return 1  # a comment', "a,b"),
+            ("def f():\n    return 2", "a,b"),
+            ("def f():\n    return 2", "a,c"),
+        ]
+    ):
+        folder = tmp_path / str(place)
+        (folder / "part").mkdir(parents=True)
+        (folder / "part" / "module.py").write_text(code)
+        (folder / "published.csv").write_text(table)
+        found.append(package_fingerprint(folder))
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 def test_parameters_reach_the_notebook_once_a_seed(notebooks, tmp_path):

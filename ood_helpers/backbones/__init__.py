@@ -7,22 +7,9 @@ from ood_helpers.backbones.densenet import DenseNet
 from ood_helpers.backbones.imagenet import MobileNetV2, ResNet50, load_torchvision_weights
 from ood_helpers.backbones.resnet_cifar import CifarResNet18
 from ood_helpers.backbones.wide_resnet import WideResNet
-from ood_helpers.config import BackboneConfig
+from ood_helpers.config.backbones import ArchitectureConfig, BackboneConfig
 
-__all__ = [
-    "ARCHITECTURES",
-    "BiT",
-    "CifarResNet18",
-    "Classifier",
-    "DenseNet",
-    "MobileNetV2",
-    "ResNet50",
-    "WideResNet",
-    "build",
-    "load_checkpoint",
-    "weights_fingerprint",
-]
-
+__all__ = ["ARCHITECTURES", "Classifier", "build", "load_checkpoint", "weights_fingerprint"]
 
 ARCHITECTURES: dict[str, type[Classifier]] = {
     "densenet_bc": DenseNet,
@@ -45,19 +32,8 @@ def build(config: BackboneConfig, num_classes: int) -> Classifier:
     InputError : unknown weights, or weights with another number of classes
     MissingDataError : weights that could not be downloaded
     """
-    match config.architecture:
-        case "densenet_bc":
-            network = DenseNet(num_classes, config.depth, config.growth_rate, config.dropout)
-        case "wide_resnet":
-            network = WideResNet(num_classes, config.depth, config.widen_factor, config.dropout)
-        case "resnet18_cifar":
-            network = CifarResNet18(num_classes)
-        case "resnet50":
-            network = ResNet50(num_classes)
-        case "mobilenet_v2":
-            network = MobileNetV2(num_classes)
-        case "bit":
-            network = BiT(num_classes, config.depth, config.width, config.half_stride)
+    settings = config.model_dump(exclude={"architecture", "weights", *ArchitectureConfig.model_fields})
+    network = ARCHITECTURES[config.architecture](num_classes, **settings)
     if getattr(config, "weights", None) is not None:
         load_torchvision_weights(network, config.architecture, config.weights)
     return network

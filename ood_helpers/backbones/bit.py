@@ -6,7 +6,6 @@ takes BiT-S-R101x1 and its relatives as backbones.
 
 import re
 from functools import partial
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -60,12 +59,7 @@ class BiT(Classifier):
     InputError : another depth
     """
 
-    blocks: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("root", "block1"),
-        ("block2",),
-        ("block3",),
-        ("block4", "norm"),
-    )
+    blocks = (("root", "block1"), ("block2",), ("block3",), ("block4", "norm"))
 
     def __init__(self, num_classes: int, depth: int = 101, width: float = 1, half_stride: bool = False):
         super().__init__()

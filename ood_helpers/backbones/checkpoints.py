@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ood_helpers.backbones.base import Classifier
-from ood_helpers.config import resolve_path
+from ood_helpers.config.base import resolve_path
 from ood_helpers.errors import InputError, MissingDataError
 
 HEAD_NAMES = ("head", "fc", "classifier", "classifier.1", "linear", "output_layer")
@@ -35,9 +35,8 @@ def load_checkpoint(network: Classifier, path: str | Path) -> None:
     InputError : not a checkpoint, or its names or shapes are not those of the network
     """
     path = resolve_path(path)
-    checkpoint = _read(path)
     own = network.state_dict()
-    given = _rename(_find_state_dict(checkpoint, path), network)
+    given = _rename(_find_state_dict(_read(path), path), network)
     missing = [name for name in own if name not in given and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in given if name not in own]
     misshapen = [
@@ -98,24 +97,20 @@ def _read(path: Path) -> Any:
 def _read_npz(path: Path) -> dict[str, Tensor]:
     """The arrays of an .npz file, with kernels as torch has them."""
     with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    return {
-        name: torch.from_numpy(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
-        for name, array in arrays.items()
-    }
+        return {
+            name: torch.from_numpy(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
+            for name, array in file.items()
+        }
 
 
 def _find_state_dict(checkpoint: Any, path: Path) -> Mapping[str, Tensor]:
     """The state dict in a file's content."""
     content = checkpoint if isinstance(checkpoint, Mapping) else {}
     for candidate in (*(content.get(key) for key in ("state_dict", "model", "net")), content):
-        if isinstance(candidate, Mapping) and candidate:
-            names_tensors = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in candidate.items())
-            if names_tensors:
-                return candidate
-    found = (
-        f"the keys {_abbreviate(list(map(str, content)))}" if content else f"a {type(checkpoint).__name__}"
-    )
+        items = candidate.items() if isinstance(candidate, Mapping) else ()
+        if items and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items):
+            return candidate
+    found = f"the keys {_abbreviate([*map(str, content)])}" if content else f"a {type(checkpoint).__name__}"
     raise InputError(
         f"The checkpoint {path} holds {found}, expected a state_dict of tensors, flat or under state_dict, model or net; "
         "save it with torch.save(network.state_dict(), path)."

@@ -4,8 +4,6 @@ Source: Huang et al., "Densely Connected Convolutional Networks", CVPR 2017, sec
 parameter names are those of the public CIFAR checkpoints of DICE, LINe and HIMPLoS.
 """
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,11 +69,7 @@ class DenseNet(Classifier):
     InputError : depth is not 6 n + 4
     """
 
-    blocks: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("conv1", "block1"),
-        ("trans1", "block2"),
-        ("trans2", "block3", "bn1"),
-    )
+    blocks = (("conv1", "block1"), ("trans1", "block2"), ("trans2", "block3", "bn1"))
 
     def __init__(self, num_classes: int, depth: int = 100, growth_rate: int = 12, dropout: float = 0.0):
         super().__init__()

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,24 +14,15 @@ from ood_helpers.errors import InputError, MissingDataError, nearest
 class ResNet50(Classifier):
     """ResNet-50 (He et al., CVPR 2016), D = 2048."""
 
-    blocks: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("conv1", "bn1", "layer1"),
-        ("layer2",),
-        ("layer3",),
-        ("layer4",),
-    )
+    blocks = (("conv1", "bn1", "layer1"), ("layer2",), ("layer3",), ("layer4",))
 
     def __init__(self, num_classes: int = 1000):
         super().__init__()
         from torchvision.models import resnet50  # late: importing torchvision takes a second
 
         network = resnet50(num_classes=num_classes)
-        self.conv1, self.bn1, self.relu, self.maxpool = (
-            network.conv1,
-            network.bn1,
-            network.relu,
-            network.maxpool,
-        )
+        self.conv1, self.bn1 = network.conv1, network.bn1
+        self.relu, self.maxpool = network.relu, network.maxpool
         self.layer1, self.layer2 = network.layer1, network.layer2
         self.layer3, self.layer4 = network.layer3, network.layer4
         self.head = network.fc
@@ -46,7 +36,7 @@ class MobileNetV2(Classifier):
     """MobileNetV2 (Sandler et al., CVPR 2018), D = 1280, without torchvision's dropout before the head."""
 
     # A block begins where the resolution is halved; the last one has the convolution to D channels, too.
-    blocks: ClassVar[tuple[tuple[str, ...], ...]] = tuple(
+    blocks = tuple(
         tuple(f"layers.{layer}" for layer in range(first, last + 1))
         for first, last in ((0, 1), (2, 3), (4, 6), (7, 13), (14, 18))
     )
@@ -68,12 +58,7 @@ class MobileNetV2(Classifier):
 
 
 def load_torchvision_weights(network: Classifier, architecture: str, weights: str) -> None:
-    """Load one of torchvision's weight enums, downloading it to torch's hub folder when it is not there.
-
-    Parameters
-    ----------
-    architecture : resnet50 or mobilenet_v2
-    weights : a name in torchvision's enum for it, for example IMAGENET1K_V1
+    """Load torchvision's weights, such as IMAGENET1K_V1; downloaded to torch's hub folder when not there.
 
     Raises
     ------

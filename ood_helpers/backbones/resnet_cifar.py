@@ -4,8 +4,6 @@ Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, ta
 names are those of the CIFAR checkpoints that OpenOOD, KNN and ReAct use.
 """
 
-from typing import ClassVar
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,12 +33,7 @@ class BasicBlock(nn.Module):
 class CifarResNet18(Classifier):
     """Four groups of two basic blocks with 64, 128, 256 and 512 channels."""
 
-    blocks: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("conv1", "bn1", "layer1"),
-        ("layer2",),
-        ("layer3",),
-        ("layer4",),
-    )
+    blocks = (("conv1", "bn1", "layer1"), ("layer2",), ("layer3",), ("layer4",))
 
     def __init__(self, num_classes: int):
         super().__init__()

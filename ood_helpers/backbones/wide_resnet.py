@@ -4,8 +4,6 @@ Source: Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, section 2.
 those of the checkpoints published with Outlier Exposure (Hendrycks et al., 2019) and its successors.
 """
 
-from typing import ClassVar
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,7 +62,7 @@ class WideResNet(Classifier):
     InputError : depth is not 6 n + 4
     """
 
-    blocks: ClassVar[tuple[tuple[str, ...], ...]] = (("conv1", "block1"), ("block2",), ("block3", "bn1"))
+    blocks = (("conv1", "block1"), ("block2",), ("block3", "bn1"))
 
     def __init__(self, num_classes: int, depth: int = 40, widen_factor: int = 2, dropout: float = 0.0):
         super().__init__()

@@ -24,6 +24,9 @@ from ood_helpers.progress import track
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 TIMEOUT = (20, 60)  # seconds to connect, seconds between two packets
+NO_CONNECTION = (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError)
+# What a damaged archive, or a full disk, shows up as.
+BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
 def archive_name(url: str) -> tuple[str, str]:
@@ -76,33 +79,26 @@ def fetch(
         return
     part = path.with_name(path.name + ".part")
     with locked(part):
-        if not path.exists():  # another process may have been quicker
-            _fetch(url, path, part, size=size, sha256=sha256, md5=md5)
-
-
-def _fetch(
-    url: str, path: Path, part: Path, *, size: int | None, sha256: str | None, md5: str | None
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _download(url, part, size)
-    except (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
-        kept = (
-            f"; {part.stat().st_size:,} bytes are kept, and the next run goes on there"
-            if part.exists()
-            else ""
-        )
-        raise MissingDataError(
-            f"{path} is missing and could not be downloaded ({_reason(error)}{kept}); run again with a network connection, "
-            f'or get it by hand with: curl -L -o "{path}" "{url}"'
-        ) from None
-    problem = verify(part, size=size, sha256=sha256, md5=md5)
-    if problem:
-        part.unlink()
-        raise InputError(
-            f"The download of {url} is not the expected file: {problem}; it was removed, check the URL."
-        )
-    os.replace(part, path)
+        if path.exists():  # another process was quicker
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _download(url, part, size)
+        except NO_CONNECTION as error:
+            reason = _reason(error)
+            if part.exists():
+                reason += f"; {part.stat().st_size:,} bytes are kept, and the next run goes on there"
+            raise MissingDataError(
+                f"{path} is missing and could not be downloaded ({reason}); run again with a network "
+                f'connection, or get it by hand with: curl -L -o "{path}" "{url}"'
+            ) from None
+        problem = verify(part, size=size, sha256=sha256, md5=md5)
+        if problem:
+            part.unlink()
+            raise InputError(
+                f"The download of {url} is not the expected file: {problem}; it was removed, check the URL."
+            )
+        os.replace(part, path)
 
 
 def _reason(error: Exception) -> str:
@@ -125,19 +121,15 @@ def _download(url: str, part: Path, size: int | None) -> None:
     # identity: byte counts and ranges must mean the file itself, not a compressed form of it
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if (
-            response.status_code == 416 and have
-        ):  # nothing lies beyond what we have: complete, or from another file
+        if response.status_code == 416 and have:  # nothing is beyond it: it is complete, or another file
             total = response.headers.get("Content-Range", "").rpartition("/")[2]
             if total == str(have):
                 return
             part.unlink()
             return _download(url, part, size)
         response.raise_for_status()
-        resumes = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(
-            f"bytes {have}-"
-        )
-        if response.status_code == 206 and not resumes:
+        resumes = response.status_code == 206
+        if resumes and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             part.unlink(missing_ok=True)
             raise requests.ConnectionError("the server sent another range than was asked for")
         have = have if resumes else 0
@@ -183,15 +175,7 @@ def unpack(archive: Path, folder: Path, member: str = ".") -> None:
         raise InputError(
             f"The archive {archive} was refused, it holds an unsafe member: {error}; do not use it."
         ) from None
-    except (
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        OSError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
+    except BROKEN as error:
         raise InputError(
             f"The archive {archive} cannot be unpacked in {folder.parent} ({error}); check the disk, or remove the archive "
             "to have it downloaded again."

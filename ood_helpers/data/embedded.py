@@ -27,17 +27,9 @@ SPLIT_SIZES = {"test": 600, "validation": 197, "train": 1000}
 # Left out because they look like a digit, in print or handwritten: O o D Q U u (0), I i l J j L r f (1), Z z (2),
 # E e B (3, 8), Y y (4), S s (5), G b C c d (6), t (7), a g q p (9); and v, w, x, which are V, W, X again.
 LETTERS = "AFHKMNPRTVWXhkmn"
-FONTS = (
-    *(
-        "DejaVuSans",
-        "DejaVuSans-Bold",
-        "DejaVuSans-Oblique",
-        "DejaVuSansMono",
-        "DejaVuSerif",
-        "DejaVuSerif-Italic",
-    ),
-    *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10"),
-)
+SANS_SERIF = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono")
+SERIF = ("DejaVuSerif", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic")
+FONTS = (*SANS_SERIF, *SERIF, "cmr10", "cmss10", "cmtt10")
 
 
 def _images(counts: np.ndarray) -> np.ndarray:
@@ -99,14 +91,11 @@ def letters(count: int, seed: int) -> np.ndarray:
         canvas = Image.new("L", (160, 160))
         which, letter = generator.integers(len(FONTS)), LETTERS[generator.integers(len(LETTERS))]
         stroke = 0 if "Bol" in FONTS[which] else int(generator.integers(1, 4))
-        ImageDraw.Draw(canvas).text(
-            (80, 80), letter, fill=255, font=fonts[which], anchor="mm", stroke_width=stroke
-        )
+        style = {"fill": 255, "font": fonts[which], "anchor": "mm", "stroke_width": stroke}
+        ImageDraw.Draw(canvas).text((80, 80), letter, **style)
         turn, shear = generator.normal(0, 0.10), generator.normal(0, 0.15)
-        linear = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) @ [
-            [1, shear],
-            [0, 1],
-        ]
+        rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+        linear = rotation @ [[1, shear], [0, 1]]
         offset = 80 - linear @ [80, 80]
         affine = (*linear[0], offset[0], *linear[1], offset[1])
         canvas = canvas.transform(canvas.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
@@ -195,9 +184,8 @@ def textures(count: int, seed: int) -> np.ndarray:
     fields = np.where((kind == 1)[:, None, None], np.clip(9 * np.sin(along) * np.sin(across), -1, 1), fields)
     fields = np.where((kind == 2)[:, None, None], np.sin(2 * np.pi * radius / period + phase[0]), fields)
     for i in np.flatnonzero(kind == 3):
-        fields[i] = gaussian_filter(
-            generator.standard_normal((SIDE, SIDE)), period[i].item() / 6, mode="wrap"
-        )
+        white = generator.standard_normal((SIDE, SIDE))
+        fields[i] = gaussian_filter(white, period[i].item() / 6, mode="wrap")
     for i in np.flatnonzero(kind == 4):
         seeds = generator.uniform(-4, SIDE + 4, (2, generator.integers(5, 14), 1, 1))
         nearest_two = np.partition(np.hypot(x - seeds[0], y - seeds[1]), 1, axis=0)[:2]
@@ -220,11 +208,4 @@ def noise(count: int, seed: int) -> np.ndarray:
     return _images(np.where((kind == 3)[:, None, None], by_block, counts))
 
 
-GENERATORS = {
-    "letters": letters,
-    "chimeras": chimeras,
-    "jigsaw": jigsaw,
-    "photographs": photographs,
-    "textures": textures,
-    "noise": noise,
-}
+GENERATORS = {make.__name__: make for make in (letters, chimeras, jigsaw, photographs, textures, noise)}

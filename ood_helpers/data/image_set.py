@@ -1,5 +1,6 @@
 """ImageSet: images with labels and a fingerprint of their content, held as one array or as a list of files."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,13 +41,9 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return to_rgb(image)
-    except (
-        Exception
-    ) as error:  # Pillow raises nearly everything on broken files: OSError, SyntaxError, struct.error
+    except Exception as error:  # Pillow raises nearly everything: OSError, SyntaxError, struct.error
         reason = " ".join(str(error).replace(repr(str(path)), "").split()).rstrip(" :")
-    raise InputError(
-        f"The image {path} cannot be read ({reason}); replace the file, or run with --skip-unreadable to leave such files out."
-    )
+    raise _unreadable(path, reason)
 
 
 @dataclass(eq=False)
@@ -198,24 +195,19 @@ class ImageSet:
             key.update(os.fsencode(file) + b"\0" + state.encode() + b"\n")
         self._hash_choice(key)
         path = Path(self.cache_dir) / "fingerprints" / f"{key.hexdigest()}.json"
-        value = _read_json(path)
-        if value is None:
-            value = compute()
-            write_json(path, value)
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(path.read_text(encoding="utf-8"))
+        value = compute()
+        write_json(path, value)
         return value
 
     def _map_files(self, function: Callable[[str], Any], description: str) -> Iterator[Any]:
         """Apply `function` to every path, in order, with threads (hashing and decoding release Python's lock)."""
         starts = range(0, len(self), FILES_AT_ONCE)
-        bar = track(description=description, total=len(self), unit="file") if len(starts) > 1 else None
+        chunks = (range(start, min(start + FILES_AT_ONCE, len(self))) for start in starts)
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for start in starts:
-                chunk = range(start, min(start + FILES_AT_ONCE, len(self)))
-                yield from pool.map(function, map(self.path, chunk))
-                if bar is not None:
-                    bar.update(len(chunk))
-        if bar is not None:
-            bar.close()
+            results = (result for chunk in chunks for result in pool.map(function, map(self.path, chunk)))
+            yield from track(results, description, len(self), "file") if len(starts) > 1 else results
 
 
 def _sha256_of_bytes(path: str) -> bytes:
@@ -223,15 +215,11 @@ def _sha256_of_bytes(path: str) -> bytes:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
-        raise InputError(
-            f"The image {path} cannot be read ({error.strerror}); replace the file, or run with --skip-unreadable "
-            "to leave such files out."
-        ) from None
+        raise _unreadable(path, error.strerror) from None
 
 
-def _read_json(path: Path) -> Any:
-    """The value in a JSON file, or None when there is none that can be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _unreadable(path: str | Path, reason: str) -> InputError:
+    return InputError(
+        f"The image {path} cannot be read ({reason}); replace the file, or run with --skip-unreadable "
+        "to leave such files out."
+    )

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ood_helpers import config
+from ood_helpers.config import images as config
+from ood_helpers.config.base import PROJECT_ROOT, resolve_path
 from ood_helpers.data import embedded
 from ood_helpers.data.archives import archive_name, fetch, unpack
 from ood_helpers.data.image_set import ImageSet
@@ -39,7 +40,7 @@ def open_image_set(
 
     Parameters
     ----------
-    images : one of the source models of ood_helpers.config
+    images : one of the source models of ood_helpers.config.images
     name : the set's name, for messages and progress bars
     cache_dir : folder for fingerprints and for arrays taken out of .npz files
     skip_unreadable : decode every file of the set (after `subset`) once and leave out the broken ones
@@ -62,36 +63,47 @@ def open_image_set(
 
 
 def _apply_subset(image_set: ImageSet, subset: config.Subset) -> ImageSet:
-    total, labels = len(image_set), image_set.labels
-    after = subset.after or 0
-    asked = after + (subset.first or subset.random or bool(after))
-    if asked > total:
-        raise InputError(
-            f"A subset of {asked:,} images was asked of {image_set.name}, which has {total:,}; lower it."
-        )
-    if subset.first or subset.after:
-        taken = np.arange(after, asked if subset.first else total)
-        rule = f"the first {asked:,}" if not after else f"number {after + 1:,} to {after + len(taken):,}"
-    elif subset.random is not None:
-        rule = f"{asked:,} drawn with seed {subset.seed}"
-        taken = np.sort(np.random.default_rng(subset.seed).choice(total, asked, replace=False))
-    else:
-        if labels is None:
+    total = len(image_set)
+
+    def check(asked: int) -> None:
+        if asked > total:
             raise InputError(
-                f"A subset per class was asked of {image_set.name}, which has no labels; use first or random."
+                f"A subset of {asked:,} images was asked of {image_set.name}, which has {total:,}; lower it."
             )
-        rule = f"the first {subset.per_class:,} of each class"
-        # Position of each image among those of its class: 0, 1, 2, ... in file order.
-        by_class = np.argsort(labels, kind="stable")
-        classes, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
-        if counts.min() < subset.per_class:
-            scarce = counts.argmin()
-            raise InputError(
-                f"A subset of {subset.per_class:,} images per class was asked of {image_set.name}, whose class "
-                f"{classes[scarce]} has {counts[scarce]:,}; lower it."
-            )
-        taken = np.sort(by_class[(starts[:, None] + np.arange(subset.per_class)).ravel()])
+
+    match subset:
+        case config.RangeSubset():
+            after = subset.after or 0
+            stop = total if subset.first is None else after + subset.first
+            check(max(stop, after + 1))
+            taken = np.arange(after, stop)
+            rule = f"the first {stop:,}" if not after else f"number {after + 1:,} to {stop:,}"
+        case config.RandomSubset():
+            check(subset.random)
+            rule = f"{subset.random:,} drawn with seed {subset.seed}"
+            taken = np.sort(np.random.default_rng(subset.seed).choice(total, subset.random, replace=False))
+        case config.PerClassSubset():
+            rule = f"the first {subset.per_class:,} of each class"
+            taken = _first_of_each_class(image_set, subset.per_class)
     return replace(image_set.take(taken), source=f"{image_set.source}; {rule} of {total:,}")
+
+
+def _first_of_each_class(image_set: ImageSet, count: int) -> np.ndarray:
+    labels = image_set.labels
+    if labels is None:
+        raise InputError(
+            f"A subset per class was asked of {image_set.name}, which has no labels; use first or random."
+        )
+    # Position of each image among those of its class: 0, 1, 2, ... in file order.
+    by_class = np.argsort(labels, kind="stable")
+    classes, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    if counts.min() < count:
+        scarce = counts.argmin()
+        raise InputError(
+            f"A subset of {count:,} images per class was asked of {image_set.name}, whose class "
+            f"{classes[scarce]} has {counts[scarce]:,}; lower it."
+        )
+    return np.sort(by_class[(starts[:, None] + np.arange(count)).ravel()])
 
 
 def _require_files(image_set: ImageSet) -> None:
@@ -105,36 +117,34 @@ def _require_files(image_set: ImageSet) -> None:
 
 def _place(path: str) -> Path:
     """A path of the config; `${data_root}` is still there when the config was not read by load_config."""
-    return config.resolve_path(path.replace("${data_root}", str(config.PROJECT_ROOT / "data")))
+    return resolve_path(path.replace("${data_root}", str(PROJECT_ROOT / "data")))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# embedded
+# ---- embedded -----------------------------------------------------------------------------------------
 
 
-def _open_embedded(images: config.EmbeddedImages, cache_dir: Path) -> ImageSet:
-    if images.set == "digits":
-        array, labels = embedded.digits(images.split)
-        return ImageSet(
-            images.set,
-            f"scikit-learn's handwritten digits, {images.split} split",
-            array=array,
-            labels=labels,
-            class_names=tuple("0123456789"),
-        )
+def _open_digits(images: config.EmbeddedDigits, cache_dir: Path) -> ImageSet:
+    array, labels = embedded.digits(images.split)
+    source = f"scikit-learn's handwritten digits, {images.split} split"
+    return ImageSet(images.set, source, array=array, labels=labels, class_names=tuple("0123456789"))
+
+
+def _open_generated(images: config.GeneratedImages, cache_dir: Path) -> ImageSet:
     array = embedded.GENERATORS[images.set](images.count, images.seed)
-    return ImageSet(
-        images.set, f"embedded {images.set}, {images.count:,} made with seed {images.seed}", array=array
-    )
+    source = f"embedded {images.set}, {images.count:,} made with seed {images.seed}"
+    return ImageSet(images.set, source, array=array)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# folder, list
+# ---- folder, list -------------------------------------------------------------------------------------
 
 
 def _visible(names: Iterable[str]) -> list[str]:
     """Without hidden files and the resource forks that macOS puts into archives, sorted."""
     return sorted(name for name in names if not name.startswith(".") and name != "__MACOSX")
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _images_below(folder: Path) -> list[str]:
@@ -143,9 +153,7 @@ def _images_below(folder: Path) -> list[str]:
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = _visible(folders)
         relative = Path(place).relative_to(folder)
-        found += [
-            (relative / file).as_posix() for file in _visible(files) if file.lower().endswith(IMAGE_SUFFIXES)
-        ]
+        found += [(relative / file).as_posix() for file in _visible(files) if _is_image(file)]
     return sorted(found)
 
 
@@ -162,7 +170,7 @@ def _read_folder(folder: Path, source: str) -> ImageSet:
     """Class folders, numbered in sorted order of their names, or a flat folder without labels."""
     names = _visible(os.listdir(folder))
     classes = [name for name in names if (folder / name).is_dir()]
-    flat = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and name not in classes]
+    flat = [name for name in names if _is_image(name) and name not in classes]
     per_class = [[f"{name}/{file}" for file in _images_below(folder / name)] for name in classes]
     if not flat and not any(per_class):
         raise MissingDataError(
@@ -203,19 +211,19 @@ def _open_list(images: config.ListImages, cache_dir: Path) -> ImageSet:
             f"The image list {path} is not UTF-8 text; expected an image path in each line."
         ) from None
     files, labels = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        fields = line.strip().rsplit(maxsplit=1) if images.labelled else [line.strip()]
-        if images.labelled:
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        file = line
+        if line and images.labelled:
             try:
-                labels.append(int(fields[1]))
-            except (IndexError, ValueError):
+                file, label = line.rsplit(maxsplit=1)
+                labels.append(int(label))
+            except ValueError:
                 raise InputError(
-                    f"Line {number} of {path} is {line.strip()!r}, expected a path and a class number; correct it, or set "
-                    "labelled: false."
+                    f"Line {number} of {path} is {line!r}, expected a path and a class number; correct it, "
+                    "or set labelled: false."
                 ) from None
-        files.append(fields[0])
+        if file:
+            files.append(file)
     if not files:
         raise InputError(f"The image list {path} is empty; expected an image path in each line.")
     numbers = np.array(labels, dtype=np.int64) if labels and set(labels) != {-1} else None
@@ -234,8 +242,7 @@ def _open_list(images: config.ListImages, cache_dir: Path) -> ImageSet:
     return ImageSet("", f"list {path}, images below {root}", root=root, files=files, labels=numbers)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# npz
+# ---- npz ----------------------------------------------------------------------------------------------
 
 
 def _open_npz(images: config.NpzImages, cache_dir: Path) -> ImageSet:
@@ -296,15 +303,13 @@ def _map_images(path: Path, cached: Path) -> np.ndarray:
                 open(temporary, "wb") as target,
             ):
                 shutil.copyfileobj(source, target, 2**20)
-            _check_images(np.load(temporary, mmap_mode="r", allow_pickle=False), path)
+            array = np.load(temporary, mmap_mode="r", allow_pickle=False)
+            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or array.size == 0:
+                raise InputError(
+                    f"'images' of {path} is {array.dtype} {list(array.shape)}, expected uint8 [N, H, W, 3]; "
+                    "convert it and save it again."
+                )
     return np.load(cached, mmap_mode="r", allow_pickle=False)
-
-
-def _check_images(array: np.ndarray, path: Path) -> None:
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or array.size == 0:
-        raise InputError(
-            f"'images' of {path} is {array.dtype} {list(array.shape)}, expected uint8 [N, H, W, 3]; convert it and save it again."
-        )
 
 
 def _check_labels(labels: np.ndarray, count: int, path: Path) -> np.ndarray:
@@ -320,8 +325,7 @@ def _check_labels(labels: np.ndarray, count: int, path: Path) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# archive
+# ---- archive ------------------------------------------------------------------------------------------
 
 
 def _open_archive(images: config.ArchiveImages, cache_dir: Path) -> ImageSet:
@@ -333,17 +337,15 @@ def _open_archive(images: config.ArchiveImages, cache_dir: Path) -> ImageSet:
         unpack(directory / file_name, unpacked)
     folder = unpacked / images.folder
     if not folder.is_dir():
+        folders = [name for name in _visible(os.listdir(unpacked)) if (unpacked / name).is_dir()]
         raise InputError(
             f"The archive {file_name} has no folder {images.folder!r} (looked for {folder}); "
-            + nearest(
-                images.folder, [name for name in _visible(os.listdir(unpacked)) if (unpacked / name).is_dir()]
-            )
+            + nearest(images.folder, folders)
         )
     return _read_folder(folder, f"{images.url} in {folder}")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# torchvision
+# ---- torchvision --------------------------------------------------------------------------------------
 
 
 def _open_torchvision(images: config.TorchvisionImages, cache_dir: Path) -> ImageSet:
@@ -357,11 +359,10 @@ def _open_torchvision(images: config.TorchvisionImages, cache_dir: Path) -> Imag
 
     root, dataset_class = _place(images.root), getattr(datasets, images.dataset)
     _provide_torchvision(images, dataset_class, root)
-    options = {
-        "CIFAR10": {"train": images.split == "train"},
-        "CIFAR100": {"train": images.split == "train"},
-        "Places365": {"split": images.split, "small": True},
-    }.get(images.dataset, {"split": images.split})
+    is_cifar = images.dataset.startswith("CIFAR")
+    options: dict[str, Any] = {"train": images.split == "train"} if is_cifar else {"split": images.split}
+    if images.dataset == "Places365":
+        options["small"] = True
     try:
         dataset = dataset_class(root, download=False, **options)
     except (RuntimeError, OSError) as error:
@@ -370,22 +371,22 @@ def _open_torchvision(images: config.TorchvisionImages, cache_dir: Path) -> Imag
             "what is there of it to have it fetched again."
         ) from None
     source = f"torchvision {images.dataset}, {images.split} split, in {root}"
+    array = None
     if images.dataset == "SVHN":
-        array, labels, class_names = dataset.data.transpose(0, 2, 3, 1), dataset.labels, tuple("0123456789")
-        return ImageSet(
-            "", source, array=array, labels=np.asarray(labels, dtype=np.int64), class_names=class_names
-        )
-    if images.dataset.startswith("CIFAR"):
-        labels, class_names = np.asarray(dataset.targets, dtype=np.int64), tuple(dataset.classes)
-        return ImageSet("", source, array=dataset.data, labels=labels, class_names=class_names)
-    if images.dataset == "DTD":
-        paths, labels, class_names = dataset._image_files, dataset._labels, tuple(dataset.classes)
+        array, labels, classes = dataset.data.transpose(0, 2, 3, 1), dataset.labels, "0123456789"
+    elif is_cifar:
+        array, labels, classes = dataset.data, dataset.targets, dataset.classes
+    elif images.dataset == "DTD":
+        paths, labels, classes = dataset._image_files, dataset._labels, dataset.classes
     else:  # the test split of Places365 has no labels
         paths, labels = [path for path, _ in dataset.imgs], dataset.targets
-        class_names = tuple(sorted(dataset.class_to_idx, key=dataset.class_to_idx.get))
-    files = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
+        classes = sorted(dataset.class_to_idx, key=dataset.class_to_idx.get)
     labels = None if labels[0] is None else np.asarray(labels, dtype=np.int64)
-    return ImageSet("", source, root=root, files=files, labels=labels, class_names=class_names)
+    content = {"labels": labels, "class_names": tuple(classes)}
+    if array is not None:
+        return ImageSet("", source, array=array, **content)
+    files = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
+    return ImageSet("", source, root=root, files=files, **content)
 
 
 def _provide_torchvision(images: config.TorchvisionImages, dataset: Any, root: Path) -> None:
@@ -438,7 +439,8 @@ def _provide(
 
 
 _OPENERS = {
-    config.EmbeddedImages: _open_embedded,
+    config.EmbeddedDigits: _open_digits,
+    config.GeneratedImages: _open_generated,
     config.TorchvisionImages: _open_torchvision,
     config.FolderImages: _open_folder,
     config.ListImages: _open_list,

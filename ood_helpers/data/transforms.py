@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ood_helpers.config import TransformConfig
+from ood_helpers.config.images import TransformConfig
 from ood_helpers.data.image_set import ImageSet
 from ood_helpers.errors import InputError
 from ood_helpers.files import sha256_of_json
@@ -52,17 +52,9 @@ class Transform(TransformConfig):
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """(x / 255 - mean) / std of uint8 [B, 3, H, W]; float32 on the same device."""
-        mean, std = self._channels(images)
+        channels = torch.tensor([self.mean, self.std], dtype=torch.float32, device=images.device)
+        mean, std = channels[:, :, None, None]
         return images.to(torch.float32).div(255).sub_(mean).div_(std)
-
-    def denormalise(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Back from network input [B, 3, H, W] to images in [0, 1]."""
-        mean, std = self._channels(inputs)
-        return (inputs * std + mean).clamp_(0, 1)
-
-    def _channels(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=like.device)
-        return mean[:, None, None], std[:, None, None]
 
     @property
     def fingerprint(self) -> str:
@@ -78,9 +70,6 @@ class _Pictures(torch.utils.data.Dataset):
 
     def __init__(self, image_set: ImageSet, transform: Transform) -> None:
         self.image_set, self.transform = image_set, transform
-
-    def __len__(self) -> int:
-        return len(self.image_set)
 
     def __getitem__(self, i: int) -> np.ndarray | InputError:
         try:
@@ -132,12 +121,7 @@ def image_batches(
 def spanned_batches(
     image_set: ImageSet, transform: Transform, spans: Sequence[tuple[int, int]], workers: int = 0
 ) -> Iterator[torch.Tensor]:
-    """As `image_batches`, with a batch of the items first, ..., stop - 1 for each (first, stop) of `spans`.
-
-    Raises
-    ------
-    InputError : as `image_batches`
-    """
+    """As `image_batches`, with a batch of items first, ..., stop - 1 for each (first, stop) of `spans`."""
     for first, stop in spans:
         if not 0 <= first < stop <= len(image_set):
             raise InputError(

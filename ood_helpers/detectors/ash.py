@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
-from ood_helpers.features import FeatureBank
+from ood_helpers.banks import FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 from ood_helpers.kernels.largest_entries import LargestEntries, largest_entries
-from ood_helpers.kernels.shaped_energy import shaped_energy
+from ood_helpers.kernels.shaped_energy import Shaping, shaped_energy
 
 
+@DETECTORS.register("ash")
 @dataclass
 class ASH(Detector):
     """Score S = energy of the head on a feature of which the k = D - round(D p / 100) largest entries are kept.
@@ -41,9 +42,9 @@ class ASH(Detector):
     source: ClassVar[str] = "Djurisic et al., ICLR 2023, arXiv 2209.09858"
     float32_on_cuda: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.label = f"ASH-{self.variant.upper()}"
+    @property
+    def label(self) -> str:
+        return f"ASH-{self.variant.upper()}"
 
     def _check(self) -> None:
         self._check_choice("variant", ("p", "b", "s"))
@@ -53,13 +54,11 @@ class ASH(Detector):
         features, head = shard.features, self.head_.to(shard.features)
         count = kept_count(features.shape[1], self.percentile)
         entries = largest_entries(features, count)
-        gain = None
-        if self.variant == "b":
-            gain = entries.total / count
-        elif self.variant == "s":
-            gain = energy_gain(entries)
         binary = self.variant == "b"
-        return shaped_energy(features, head.weight, head.bias, largest=entries, binary=binary, gain=gain)
+        gain = {"p": None, "b": entries.total / count, "s": energy_gain(entries)}[self.variant]
+        return shaped_energy(
+            features, head.weight, head.bias, Shaping(largest=entries, binary=binary, gain=gain)
+        )
 
 
 def kept_count(feature_dim: int, percentile: float) -> int:

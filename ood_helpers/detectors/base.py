@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from typing import Any, ClassVar, Self
@@ -10,11 +10,32 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ood_helpers import features as banks
+from ood_helpers.backbones.precision import float32_products
+from ood_helpers.banks import Bank, FeatureBank, Head, ImageShard
 from ood_helpers.errors import InputError, nearest
-from ood_helpers.features import Bank, FeatureBank, Head
 from ood_helpers.kernels.launch import runs_on_triton
 from ood_helpers.metrics import threshold_at_tpr
+from ood_helpers.progress import track
+from ood_helpers.registry import Registry
+from ood_helpers.statistics import class_means
+
+
+@dataclass(frozen=True)
+class MappedBank:
+    """A bank whose shards are changed by a function when they are read."""
+
+    bank: Bank
+    function: Callable[[FeatureBank], FeatureBank]
+
+    def __len__(self) -> int:
+        return len(self.bank)
+
+    def shards(self) -> Iterator[FeatureBank]:
+        return map(self.function, self.bank.shards())
+
+
+DETECTORS = Registry("detector", folder="detectors")  # name -> class
+FAMILIES = Registry("detector", folder="detectors")  # name before a dot -> class for several methods
 
 
 @dataclass
@@ -30,51 +51,54 @@ class Detector:
     as float64, so that rounding ties no samples. With `float32_on_cuda` a float32 bank on CUDA comes as it is, for the
     kernels, and its scores agree with those of the CPU to float32 rounding.
 
-    What a method needs beyond banks and heads it says by `needs_images`, `needs_validation`, `fit_set` and
-    `group_softmax`. `network` names the network of an experiment whose banks it is given, empty for the backbone.
-    `device` is where scores are computed, None = where the bank is.
+    What a method needs beyond banks and heads it declares, in class variables or properties of their names.
     """
 
     title: ClassVar[str] = "Detector"
     source: ClassVar[str] = ""
-    group_softmax: ClassVar[bool] = False  # whether the head has a softmax for each group of classes
+    softmax: ClassVar[str] = "flat"  # of the head that is scored; "group" = one for each group of classes
+    default_network: ClassVar[str] = ""  # of an experiment; empty = the backbone
+    fit_set: ClassVar[str] = "train"  # the image set whose bank `fit` takes; any other is a leak
+    needs_images: ClassVar[bool] = False  # whether `score_samples` takes an ImageBank
+    needs_training_images: ClassVar[bool] = False  # whether `fit` takes an ImageBank, too
+    needs_background: ClassVar[bool] = False  # whether banks must hold the logit of a background class
+    tuned_against: ClassVar[str] = ""  # what a method that tunes itself holds the validation images against
+    extra_passes: ClassVar[int] = 0  # forward and backward passes per image beyond the one in its bank
     float32_on_cuda: ClassVar[bool] = False  # whether scoring goes through a Triton kernel there
     joined_features: ClassVar[int] = 0  # numbers up to which shards are scored as one, where that is faster
 
     def __post_init__(self) -> None:
-        self.label, self.tuned_on, self.network = self.title, "", ""
-        self.device: torch.device | None = None
         self._check()
 
     @property
-    def needs_images(self) -> bool:
-        """Whether scoring needs an ImageBank, whose shards hold the images and the network, too."""
-        return False
+    def label(self) -> str:
+        """The name in tables, where hyper-parameters say which variant of the method it is."""
+        return self.title
+
+    @property
+    def learns(self) -> bool:
+        """Whether `fit` learns anything from the training bank."""
+        return type(self)._fit is not Detector._fit
 
     @property
     def needs_validation(self) -> bool:
         """Whether `fit` needs `validation_bank`, an ImageBank of labelled ID images outside training and test set."""
-        return False
-
-    @property
-    def fit_set(self) -> str:
-        """The image set whose bank `fit` takes: `train`, unless a method is asked to leak."""
-        return "train"
-
-    @property
-    def extra_passes(self) -> int:
-        """Passes through the network, forward or backward, that scoring an image costs beyond the one in its bank."""
-        return 0
+        return bool(self.tuned_against)
 
     @property
     def learned(self) -> dict[str, Any]:
         """Values that the present hyper-parameters leave to the data, as None or a percentile does; ready for JSON.
-
-        Raises
-        ------
-        InputError : not fitted
-        """
+        Raises InputError if not fitted."""
         return {}
+
+    @property
+    def parts(self) -> dict[str, "Detector"]:
+        """Detectors whose scores this one joins, by name; see `join`. Empty for a method that scores banks itself."""
+        return {}
+
+    def join(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """Scores [N] from those of the `parts` on the same samples."""
+        raise NotImplementedError(f"{type(self).__name__} has no parts")
 
     def hyperparameters(self) -> dict[str, Any]:
         """The fields and their present values, ready for JSON."""
@@ -94,10 +118,9 @@ class Detector:
         InputError : sizes of bank and head differ; labels are missing; a class without images; NaN or infinite
             features; no validation bank where one is needed; a head of another kind of softmax
         """
-        if (head.groups is not None) != self.group_softmax:
-            kinds = ["a flat softmax", "a group softmax"]
+        if head.softmax != self.softmax:
             raise InputError(
-                f"{self.title}: found a head with {kinds[not self.group_softmax]}, expected {kinds[self.group_softmax]}; "
+                f"{self.title}: found a head with a {head.softmax} softmax, expected a {self.softmax} softmax; "
                 "set network to one that has it (networks in the config)."
             )
         if self.needs_validation and validation_bank is None:
@@ -107,13 +130,13 @@ class Detector:
             )
         if not len(train_bank):
             raise InputError(
-                f"{self.title}: the training bank has no samples, expected ID training images; check the set."
+                f"{self.title}: the training bank has no samples, expected some; check its image set."
             )
         for shard in train_bank.shards():
             self._check_sizes(shard, head)
         self.head_, self.validation_bank_ = head, validation_bank
         self._cache: dict[Hashable, Any] = {}
-        with banks.float32_products():
+        with float32_products():
             self._fit(train_bank)
         return self
 
@@ -135,36 +158,22 @@ class Detector:
         """+1 (in-distribution, score >= threshold) or -1 (out-of-distribution) for each sample, int64 [N]."""
         return torch.where(self.score_samples(bank) >= threshold, 1, -1)
 
-    def variants(self, grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[dict[str, Any], Self]]:
-        """Copies with every combination of hyper-parameter values, in the order of the grid; what was fitted is shared.
+    def _change(self, settings: Mapping[str, Any]) -> None:
+        """Change hyper-parameters, in a copy; raises InputError for an unknown one and a value out of range."""
+        _check_known(settings, type(self), self.title)
+        for name, value in settings.items():
+            setattr(self, name, value)
+        self._check()
 
-        Yields
-        ------
-        ({hyper-parameter: value}, detector)
-
-        Raises
-        ------
-        InputError : unknown hyper-parameter, value out of range
-        """
-        known = [field.name for field in fields(self)]
-        for name in grid:
-            if name not in known:
-                hint = nearest(name, known) if known else "it has none."
-                raise InputError(f"{self.title} has no hyper-parameter {name!r}; {hint}")
-        for values in itertools.product(*grid.values()):
-            variant, settings = copy.copy(self), dict(zip(grid, values, strict=True))
-            for name, value in settings.items():
-                setattr(variant, name, value)
-            variant._check()
-            yield settings, variant
+    @staticmethod
+    def _share(variants: "Sequence[Detector]") -> None:
+        """Let the fitted variants of one grid share what each of them would compute again."""
 
     def _fit(self, train_bank: Bank) -> None:
         """Learn what the method needs from the training bank; `head_` is set."""
 
     def _score(self, shard: FeatureBank) -> Tensor:
-        raise NotImplementedError(
-            f"{type(self).__name__} has to define _score(shard), giving one score a sample"
-        )
+        raise NotImplementedError(f"{type(self).__name__} has to define _score(shard): one score per sample")
 
     def _check(self) -> None:
         """Raise InputError for hyper-parameters out of range."""
@@ -206,7 +215,7 @@ class Detector:
         found = (shard.features.shape[1], shard.logits.shape[1])
         if found != expected:
             raise InputError(
-                f"{self.title}: the bank has {found[0]} features and {found[1]} logits a sample, the head {expected[0]} "
+                f"{self.title}: the bank has {found[0]} features and {found[1]} logits per sample, the head {expected[0]} "
                 f"and {expected[1]}; extract the bank with the network the head belongs to."
             )
 
@@ -223,10 +232,17 @@ class Detector:
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "head_"):
-            raise InputError(
-                f"{self.title} is not fitted, expected fit(train_bank, head) before anything else; call it."
-            )
+            raise InputError(f"{self.title} is not fitted; call fit(train_bank, head) before anything else.")
         self._check()
+
+    def _over_images(self, shard: ImageShard, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a function to the pixels of a shard, batch by batch, and concatenate; on the device of the bank."""
+        outputs = []
+        with track(description=f"{self.title}, {shard.name}", total=len(shard), unit="image") as bar:
+            for pixels in shard.pixels():
+                outputs.append(function(pixels))
+                bar.update(len(pixels))
+        return torch.cat(outputs).to(shard.logits.device)
 
     @torch.no_grad()
     def _over_shards(self, bank: Bank, function: Callable[[FeatureBank], Tensor], what: str) -> Tensor:
@@ -234,19 +250,14 @@ class Detector:
         self._check_fitted()
         outputs, start = [], 0
         for shard in self._joined(self._checked(bank)):
-            home = shard.features.device
-            if self.device is not None and not self.needs_images:
-                shard = shard.to(self.device)
             if not (self.float32_on_cuda and runs_on_triton(shard.features)):
                 shard = replace(shard, features=shard.features.double(), logits=shard.logits.double())
-            with banks.float32_products():
-                outputs.append(function(shard).double().to(home))
+            with float32_products():
+                outputs.append(function(shard).double())
             self._check_finite(outputs[-1], what, start)
             start += len(shard)
         if not outputs:
-            raise InputError(
-                f"{self.title}: the bank has no samples, expected at least one; check its image set."
-            )
+            raise InputError(f"{self.title}: the bank has no samples, expected some; check its image set.")
         return torch.cat(outputs)
 
     def _checked(self, bank: Bank) -> Iterator[FeatureBank]:
@@ -275,7 +286,7 @@ class Detector:
 
     def _class_means(self, train_bank: Bank) -> Tensor:
         """Mean training feature of each class [C, D] float64; every class must have images."""
-        means, counts = banks.class_means(train_bank, self.head_.num_classes)
+        means, counts = class_means(train_bank, self.head_.num_classes)
         empty = (counts == 0).nonzero().flatten().tolist()
         if empty:
             names = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
@@ -298,3 +309,39 @@ class Detector:
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
+
+
+def variants(detector: Detector, grid: Mapping[str, Sequence[Any]]) -> list[tuple[dict[str, Any], Detector]]:
+    """[({hyper-parameter: value}, copy)] for every combination of values, in the order of the grid; what was fitted is
+    shared. Raises InputError for an unknown hyper-parameter and a value out of range."""
+    found = []
+    for values in itertools.product(*grid.values()):
+        variant, settings = copy.copy(detector), dict(zip(grid, values, strict=True))
+        variant._change(settings)
+        found.append((settings, variant))
+    detector._share([variant for _, variant in found])
+    return found
+
+
+def create(name: str, **hyperparameters: Any) -> Detector:
+    """A detector by its name in `DETECTORS`, or by one such as `pytorch_ood.KNN`, not yet fitted.
+
+    Raises
+    ------
+    InputError : unknown name, unknown hyper-parameter, value out of range
+    """
+    family, _, member = str(name).partition(".")
+    if member and family in FAMILIES:
+        return FAMILIES[family](member, hyperparameters)
+    if name not in DETECTORS:
+        raise InputError(f"There is no detector {name!r}; {nearest(str(name), DETECTORS)}")
+    _check_known(hyperparameters, DETECTORS[name], f"The detector {name!r}")
+    return DETECTORS[name](**hyperparameters)
+
+
+def _check_known(names: Iterable[str], cls: type[Detector], title: str) -> None:
+    known = [field.name for field in fields(cls)]
+    for name in names:
+        if name not in known:
+            hint = nearest(str(name), known) if known else "it has none."
+            raise InputError(f"{title} has no hyper-parameter {name!r}; {hint}")

@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
-from ood_helpers.detectors.percentile import order_statistics
-from ood_helpers.features import Bank, FeatureBank
-from ood_helpers.kernels.shaped_energy import shaped_energy
+from ood_helpers.banks import Bank, FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
+from ood_helpers.kernels.shaped_energy import Shaping, shaped_energy
+from ood_helpers.statistics import order_statistics
 
 
+@DETECTORS.register("dice")
 @dataclass
 class DICE(Detector):
     """Score S = logsumexp(f (W * M)^T + b): only the head weights that contribute most on ID data are kept.
@@ -34,6 +35,7 @@ class DICE(Detector):
     title: ClassVar[str] = "DICE"
     source: ClassVar[str] = "Sun and Li, ECCV 2022, arXiv 2111.09805"
     float32_on_cuda: ClassVar[bool] = True
+    clip: ClassVar[float | None] = None  # a hyper-parameter of `DICEReAct`
 
     def _check(self) -> None:
         self._check_number("percentile", 0, 100)
@@ -46,26 +48,19 @@ class DICE(Detector):
         self.contributions_ = total / len(train_bank) * self.head_.weight.detach().cpu().double()
 
     def mask(self) -> Tensor:
-        """M, the head weights that are kept: bool [C, D].
-
-        Raises
-        ------
-        InputError : not fitted; a hyper-parameter out of range
-        """
+        """M, the head weights that are kept: bool [C, D]. Raises InputError if not fitted or out of range."""
         self._check_fitted()
-        lower, _ = self._cached(
-            self.percentile, lambda: order_statistics(self.contributions_, self.percentile)
-        )
+        q = self.percentile
+        lower, _ = self._cached(q, lambda: order_statistics(self.contributions_, q))
         return self.contributions_ > lower
 
     def _score(self, shard: FeatureBank) -> Tensor:
-        return self._sparse_energy(shard.features)
-
-    def _sparse_energy(self, features: Tensor, clip: float | None = None) -> Tensor:
-        head = self.head_.to(features)
-        return shaped_energy(features, head.weight * self.mask().to(head.weight), head.bias, clip=clip)
+        head = self.head_.to(shard.features)
+        sparse = head.weight * self.mask().to(head.weight)
+        return shaped_energy(shard.features, sparse, head.bias, Shaping(self.clip))
 
 
+@DETECTORS.register("dice_react")
 @dataclass
 class DICEReAct(DICE):
     """Score S = logsumexp(min(f, c) (W * M)^T + b): ReAct's clipping before DICE's head, whose mask is that of `DICE`.
@@ -80,11 +75,7 @@ class DICEReAct(DICE):
     clip: float = 1.0
 
     title: ClassVar[str] = "DICE + ReAct"
-    source: ClassVar[str] = "Sun and Li, ECCV 2022, arXiv 2111.09805"
 
     def _check(self) -> None:
         super()._check()
         self._check_number("clip", 0, inf, open_low=True)
-
-    def _score(self, shard: FeatureBank) -> Tensor:
-        return self._sparse_energy(shard.features, self.clip)

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
-from ood_helpers.features import FeatureBank
+from ood_helpers.banks import FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 
 
 def energy_score(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -15,6 +15,7 @@ def energy_score(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return temperature * (logits / temperature).logsumexp(dim=1)
 
 
+@DETECTORS.register("energy")
 @dataclass
 class Energy(Detector):
     """Score S = T logsumexp_c(z_c / T).

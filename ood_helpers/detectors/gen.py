@@ -7,10 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
-from ood_helpers.features import FeatureBank
+from ood_helpers.banks import FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 
 
+@DETECTORS.register("gen")
 @dataclass
 class GEN(Detector):
     """Score S = -sum over the M largest p_c of (p_c (1 - p_c))^gamma with p = softmax(z).

@@ -6,10 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
-from ood_helpers.features import FeatureBank
+from ood_helpers.banks import FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 
 
+@DETECTORS.register("gradnorm")
 @dataclass
 class GradNorm(Detector):
     """Score S = sum_d |f_d| * sum_c |1 / C - p_c| / T with p = softmax(z / T).

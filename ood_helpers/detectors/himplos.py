@@ -1,19 +1,20 @@
 """HIMPLoS: head-informed feature masking and prototype-based logit smoothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
-from ood_helpers.detectors.percentile import order_statistics
-from ood_helpers.features import Bank, FeatureBank
+from ood_helpers.banks import Bank, FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 from ood_helpers.kernels.prototype_cosine import prototype_cosine
-from ood_helpers.kernels.shaped_energy import shaped_energy, shaped_features
+from ood_helpers.kernels.shaped_energy import Shaping, shaped_energy, shaped_features
+from ood_helpers.statistics import order_statistics
 
 
+@DETECTORS.register("himplos")
 @dataclass
 class HIMPLoS(Detector):
     """Score S = T logsumexp(z' / T) of logits without the features the head hardly uses, scaled by the prototype's cosine.
@@ -38,8 +39,7 @@ class HIMPLoS(Detector):
     -------
     prototypes_ : mu [C, D] float64
 
-    Memory of a score: what the kernels `prototype_cosine` and `shaped_energy` say. The logits of a shard of n samples
-    take two arrays [n, D] and two [n, C].
+    Memory of a score: see the kernels `prototype_cosine` and `shaped_energy`.
     """
 
     percentile: float = 60.0
@@ -65,12 +65,8 @@ class HIMPLoS(Detector):
         self.prototypes_ = self._class_means(train_bank)
 
     def mask(self) -> Tensor:
-        """m, the features that each predicted class keeps: bool [C, D]; all True with masking off.
-
-        Raises
-        ------
-        InputError : not fitted; a hyper-parameter out of range
-        """
+        """m [C, D] bool, the features that each predicted class keeps; all True with masking off. Raises InputError
+        if not fitted or out of range."""
         self._check_fitted()
         weight = self.head_.weight.detach()
         if not self.masking:
@@ -90,16 +86,14 @@ class HIMPLoS(Detector):
         """z' [N, C], the logits the score is made of (z with smoothing off); raises like `score_samples`."""
         return self._over_shards(bank, self._smoothed_logits, "smoothed logits")
 
-    def _shaping(self, shard: FeatureBank) -> dict[str, Any]:
-        """Steps 1 to 3 as arguments of the kernel."""
-        shaping: dict[str, Any] = {"clip": self.clip}
-        if self.masking:
-            shaping["class_mask"] = self.mask().to(shard.features.device)
-            shaping["predicted"] = shard.logits.argmax(dim=1)
-        return shaping
+    def _shaping(self, shard: FeatureBank) -> Shaping:
+        """Steps 1 to 3."""
+        if not self.masking:
+            return Shaping(self.clip)
+        return Shaping(self.clip, self.mask().to(shard.features.device), shard.logits.argmax(dim=1))
 
     def _masked_logits(self, shard: FeatureBank) -> Tensor:
-        features = shaped_features(shard.features, **self._shaping(shard))
+        features = shaped_features(shard.features, self._shaping(shard))
         return self.head_.to(features).logits(features)
 
     def _prototype_cosines(self, shard: FeatureBank) -> Tensor:
@@ -111,12 +105,8 @@ class HIMPLoS(Detector):
         return logits * self._prototype_cosines(shard)[:, None] if self.smoothing else logits
 
     def _score(self, shard: FeatureBank) -> Tensor:
-        head = self.head_.to(shard.features)
-        return shaped_energy(
-            shard.features,
-            head.weight,
-            head.bias,
-            **self._shaping(shard),
-            scale=self._prototype_cosines(shard) if self.smoothing else None,
-            temperature=self.temperature,
-        )
+        head, scale = self.head_.to(shard.features), None
+        if self.smoothing:
+            scale = self._prototype_cosines(shard)
+        shaping = replace(self._shaping(shard), scale=scale, temperature=self.temperature)
+        return shaped_energy(shard.features, head.weight, head.bias, shaping)

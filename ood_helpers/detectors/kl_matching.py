@@ -6,13 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
+from ood_helpers.banks import Bank, FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector, MappedBank
 from ood_helpers.errors import InputError
-from ood_helpers.features import Bank, FeatureBank
 
 TEMPLATES = {"train": "train", "test_leak": "test"}  # value of the hyper-parameter -> image set
 
 
+@DETECTORS.register("kl_matching")
 @dataclass
 class KLMatching(Detector):
     """Score S = -min_c KL(p || d_c) with p = softmax(z) and d_c the mean p of the images of class c.
@@ -33,10 +34,9 @@ class KLMatching(Detector):
     title: ClassVar[str] = "KL matching"
     source: ClassVar[str] = "Hendrycks et al., ICML 2022, arXiv 1911.11132"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.templates == "test_leak":
-            self.label = "KL matching (test leak)"
+    @property
+    def label(self) -> str:
+        return "KL matching (test leak)" if self.templates == "test_leak" else self.title
 
     def _check(self) -> None:
         self._check_choice("templates", tuple(TEMPLATES))
@@ -46,7 +46,7 @@ class KLMatching(Detector):
         return TEMPLATES[self.templates]
 
     def _fit(self, train_bank: Bank) -> None:
-        self.templates_ = self._class_means(_Probabilities(train_bank))
+        self.templates_ = self._class_means(MappedBank(train_bank, _probabilities))
         self._fitted_templates = self.templates
 
     def _score(self, shard: FeatureBank) -> Tensor:
@@ -69,12 +69,5 @@ def kl_matching_score(probabilities: Tensor, templates: Tensor) -> Tensor:
     return -(own - (probabilities @ logs.T).amax(dim=1))
 
 
-@dataclass(frozen=True)
-class _Probabilities:
-    """A bank with softmax probabilities in place of the features."""
-
-    bank: Bank
-
-    def shards(self):
-        for shard in self.bank.shards():
-            yield FeatureBank(shard.logits.double().softmax(dim=1), shard.logits, shard.labels)
+def _probabilities(shard: FeatureBank) -> FeatureBank:
+    return FeatureBank(shard.logits.double().softmax(dim=1), shard.logits, shard.labels)

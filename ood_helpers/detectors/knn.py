@@ -1,20 +1,21 @@
 """KNN: the distance to the k-th nearest training feature."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
+from ood_helpers.banks import Bank, FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 from ood_helpers.errors import InputError
-from ood_helpers.features import Bank, FeatureBank, StoredBank
 from ood_helpers.kernels.kth_cosine import BLOCK, CHUNK, kth_cosine
 
 QUERIES = 4096  # samples whose largest cosines are kept at once
 
 
+@DETECTORS.register("knn")
 @dataclass
 class KNN(Detector):
     """Score S = -(distance of f / ||f|| to the k-th nearest f' / ||f'|| of the ID training features f').
@@ -57,24 +58,22 @@ class KNN(Detector):
                 f"KNN: k is {self.k}, expected at most the number of training images, {len(self.train_bank_)}; lower it."
             )
 
-    def variants(self, grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[dict[str, Any], Self]]:
-        """As for any detector; a bank on disk is compared once for all of them."""
-        variants, shared = list(super().variants(grid)), {}
-        ks = sorted({variant.k for _, variant in variants})
-        for settings, variant in variants:
-            # Not the cache of `self`, so that the cost of its own score shows.
+    @staticmethod
+    def _share(variants: Sequence["KNN"]) -> None:
+        ks, shared = sorted({variant.k for variant in variants}), {}
+        for variant in variants:
+            # Not the cache of the original, so that the cost of its own score shows.
             variant._grid, variant._cache = ks, shared
-            yield settings, variant
 
     def score_samples(self, bank: Bank) -> Tensor:
         """Scores [N], see `Detector`; a variant of a grid takes those of all its k from one comparison."""
-        if not (isinstance(bank, StoredBank) and self.k in self._grid):
+        if bank.key is None or self.k not in self._grid:
             return super().score_samples(bank)
         self._check_fitted()
         self._check_neighbours()
         ks = [k for k in self._grid if k <= len(self.train_bank_)]
         cosines = self._cached(
-            bank.directory,
+            bank.key,
             lambda: self._over_shards(bank, lambda shard: self._cosines(shard, ks), "cosines"),
         )
         return _score_of(cosines[:, ks.index(self.k)])

@@ -8,13 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
-from ood_helpers.detectors.percentile import order_statistics, percentile
+from ood_helpers.banks import Bank, FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 from ood_helpers.errors import InputError
-from ood_helpers.features import Bank, FeatureBank
 from ood_helpers.kernels.line_head import line_head
+from ood_helpers.statistics import order_statistics
 
 
+@DETECTORS.register("line")
 @dataclass
 class LINe(Detector):
     """Score S = logsumexp(z'), logits of the clipped features and head weights that matter for the predicted class.
@@ -39,9 +40,9 @@ class LINe(Detector):
     -------
     contributions_ : A [C, D] float64
 
-    Samples are grouped by predicted class, which costs one masked [C, D] matrix product for each class among them. Hence
-    the shards of a bank are scored together, up to 2^26 features at once: with their copy in float64 some 1.5 gigabytes.
-    The first score after a change of `weight_percentile` computes C thresholds over C x D numbers each.
+    Samples are grouped by predicted class, at one masked [C, D] matrix product per class. Hence the shards of a bank are
+    scored together, up to 2^26 features at once: with their copy in float64 about 1.5 GB. The first score after a change
+    of `weight_percentile` computes C thresholds over C x D numbers each.
     """
 
     delta: float | None = 1.0
@@ -63,39 +64,17 @@ class LINe(Detector):
         self.contributions_ = self.head_.weight.detach().cpu().double() * self._class_means(train_bank)
 
     def activation_mask(self) -> Tensor:
-        """The features that each predicted class keeps: bool [C, D]; all True with activation pruning off.
-
-        Raises
-        ------
-        InputError : not fitted; a hyper-parameter out of range
-        """
+        """The features that each predicted class keeps: bool [C, D]; all True with activation pruning off. Raises
+        InputError if not fitted or out of range."""
         self._check_fitted()
         if self.activation_percentile is None:
             return torch.ones_like(self.contributions_, dtype=torch.bool)
         lower, _ = order_statistics(self.contributions_, self.activation_percentile, dim=1)
         return self.contributions_ > lower[:, None]
 
-    def weight_thresholds(self) -> Tensor:
-        """The weight percentile of |A[k]| * W for each predicted class k: float64 [C]; -inf with weight pruning off.
-
-        Raises
-        ------
-        InputError : not fitted; a hyper-parameter out of range
-        """
-        self._check_fitted()
-        if self.weight_percentile is None:
-            return torch.full((self.head_.num_classes,), -inf, dtype=torch.float64)
-        weight = self.head_.weight.detach()
-        importance = self.contributions_.to(weight).abs()
-        return torch.stack([percentile(row * weight, self.weight_percentile) for row in importance])
-
     def weight_mask(self, k: int) -> Tensor:
-        """The head weights that are kept for samples predicted as class k: bool [C, D].
-
-        Raises
-        ------
-        InputError : not fitted; a hyper-parameter out of range; no class k
-        """
+        """The head weights that are kept for samples predicted as class k: bool [C, D]. Raises InputError if not
+        fitted, if there is no class k, or out of range."""
         self._check_fitted()
         if not 0 <= k < self.head_.num_classes:
             raise InputError(
@@ -116,13 +95,11 @@ class LINe(Detector):
 
         def compute() -> Tensor:
             importance, products = self.contributions_.to(weight).abs(), torch.empty_like(weight)
-            floors = [
-                order_statistics(torch.mul(row, weight, out=products), self.weight_percentile)[0]
-                for row in importance
-            ]
-            return torch.stack(floors)
+            each = (torch.mul(row, weight, out=products) for row in importance)
+            return torch.stack([order_statistics(product, q)[0] for product in each])
 
-        return self._cached((self.weight_percentile, weight.dtype, weight.device), compute)
+        q = self.weight_percentile
+        return self._cached((q, weight.dtype, weight.device), compute)
 
     def _through_head(self, shard: FeatureBank, output: Literal["energy", "logits"]) -> Tensor:
         head = self.head_.to(shard.features)

@@ -5,10 +5,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
-from ood_helpers.features import FeatureBank
+from ood_helpers.banks import FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 
 
+@DETECTORS.register("max_logit")
 @dataclass
 class MaxLogit(Detector):
     """Score S = max_c z_c."""

@@ -5,10 +5,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
-from ood_helpers.features import FeatureBank
+from ood_helpers.banks import FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 
 
+@DETECTORS.register("msp")
 @dataclass
 class MSP(Detector):
     """Score S = max_c softmax(z)_c, in [1 / C, 1].

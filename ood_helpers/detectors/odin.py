@@ -1,20 +1,18 @@
 """ODIN: softmax at a high temperature of an image moved one step towards its predicted class."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ood_helpers.detectors.base import Detector
-from ood_helpers.errors import InputError
-from ood_helpers.features import FeatureBank, ImageShard
-from ood_helpers.progress import track
+from ood_helpers.backbones.pixels import input_gradient, step_by_sign
+from ood_helpers.banks import FeatureBank, with_images
+from ood_helpers.detectors.base import DETECTORS, Detector
 
 
+@DETECTORS.register("odin")
 @dataclass
 class ODIN(Detector):
     """Score S = max_c softmax(z(x') / T)_c, in [1 / C, 1].
@@ -53,17 +51,17 @@ class ODIN(Detector):
     def _score(self, shard: FeatureBank) -> Tensor:
         if self.noise == 0:
             return odin_score(shard.logits, self.temperature)
-        shard, scores = with_images(shard, self.title, "give one, or set noise to 0"), []
-        with track(description=f"{self.title}, {shard.name}", total=len(shard), unit="image") as bar:
-            for pixels in shard.pixels():
-                gradient = input_gradient(lambda x: self._margin(shard.network.logits(x)), pixels)
-                logits = shard.network.logits(step_by_sign(pixels, gradient, -self.noise))
-                scores.append(odin_score(logits, self.temperature))
-                bar.update(len(pixels))
-        return torch.cat(scores).to(shard.logits.device)
+        shard = with_images(shard, self.title, "give one, or set noise to 0")
 
-    def _margin(self, logits: Tensor) -> Tensor:
-        return error_margin(logits, logits.argmax(dim=1), self.temperature)
+        def margin(pixels: Tensor) -> Tensor:
+            logits = shard.network.logits(pixels)
+            return error_margin(logits, logits.argmax(dim=1), self.temperature)
+
+        def score(pixels: Tensor) -> Tensor:
+            moved = step_by_sign(pixels, input_gradient(margin, pixels), -self.noise)
+            return odin_score(shard.network.logits(moved), self.temperature)
+
+        return self._over_images(shard, score)
 
 
 def odin_score(logits: Tensor, temperature: float) -> Tensor:
@@ -80,31 +78,3 @@ def error_margin(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Te
     scaled = logits.double() / temperature
     others = scaled.masked_fill(one_hot(labels, logits.shape[1]).bool(), -inf).logsumexp(dim=1)
     return others - scaled.gather(1, labels[:, None]).squeeze(1)
-
-
-def input_gradient(function: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    """Gradient [B, 3, H, W] of a function of pixels, [B, 3, H, W] -> [B], each value of which depends on its image only."""
-    with torch.enable_grad():
-        pixels = pixels.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(function(pixels).sum(), pixels)
-    return gradient
-
-
-def step_by_sign(pixels: Tensor, gradient: Tensor, step: float) -> Tensor:
-    """x + step * sign(gradient), with sign(0) = +1; not clipped."""
-    return torch.where(gradient >= 0, pixels + step, pixels - step)
-
-
-def with_images(shard: FeatureBank, method: str, remedy: str) -> ImageShard:
-    """The shard, which must hold images and network.
-
-    Raises
-    ------
-    InputError : it does not
-    """
-    if not isinstance(shard, ImageShard):
-        raise InputError(
-            f"{method}: found a bank without images, expected an ImageBank, as the method differentiates the network "
-            f"at the images; {remedy}."
-        )
-    return shard

@@ -1,20 +1,18 @@
 """Any detector of the library pytorch-ood that works on logits or pooled features, as a row of an experiment."""
 
-import copy
 import inspect
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ood_helpers.detectors.base import Detector
+from ood_helpers.banks import Bank, FeatureBank, Head
+from ood_helpers.detectors.base import FAMILIES, Detector
 from ood_helpers.errors import InputError, nearest
-from ood_helpers.features import Bank, FeatureBank, Head
 
 PREFIX = "pytorch_ood."  # of the names that configs and `create` know these detectors by
 CHUNK = 2**25  # numbers in the largest array a chunk makes of theirs, their DICE's [chunk, C, D]: 128 MiB
@@ -23,6 +21,7 @@ CHUNK = 2**25  # numbers in the largest array a chunk makes of theirs, their DIC
 NEEDS_FEATURE_MAPS = ("RankFeat",)
 
 
+@FAMILIES.register("pytorch_ood")
 @dataclass
 class PyTorchOOD(Detector):
     """Score S = minus the outlier score of a pytorch-ood detector, fed from banks in float32 on the CPU.
@@ -65,14 +64,10 @@ class PyTorchOOD(Detector):
 
         return {"detector": PREFIX + self.class_name, "version": pytorch_ood.__version__, **self.arguments}
 
-    def variants(self, grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[dict[str, Any], Self]]:
+    def _change(self, settings: Mapping[str, Any]) -> None:
         """As for any detector, with constructor arguments of theirs as the hyper-parameters."""
-        for values in itertools.product(*grid.values()):
-            settings = dict(zip(grid, values, strict=True))
-            variant = copy.copy(self)
-            variant.arguments = self.arguments | settings
-            variant._check()
-            yield settings, variant
+        self.arguments = self.arguments | dict(settings)
+        self._check()
 
     def _check(self) -> None:
         # Theirs checks its arguments where it is made, so it is made once before any long work, for any head.
@@ -126,25 +121,17 @@ class PyTorchOOD(Detector):
     def _make(self, head: Head) -> Any:
         """Their detector for a head, not yet fitted."""
         their_class, representation = _their_class(self.class_name)
-        supplied = {"model": None, "encoder": None, "backbone": None, **_head_arguments(head, representation)}
         parameters = inspect.signature(their_class).parameters
+        supplied = {"model": None, "encoder": None, "backbone": None, **_head_arguments(head, representation)}
         supplied = {name: value for name, value in supplied.items() if name in parameters}
-        # `detector` maps logits to scores by a function, which a config cannot hold.
-        own = {
-            name: parameter
-            for name, parameter in parameters.items()
-            if name not in (*supplied, "detector") and parameter.kind is not parameter.VAR_KEYWORD
-        }
-        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        taken = (*supplied, "detector")  # which maps logits to scores by a function: a config cannot hold it
+        own = {name: p for name, p in parameters.items() if name not in taken and p.kind is not p.VAR_KEYWORD}
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name in self.arguments:
-            if name in (*supplied, "detector") or (name not in own and not passes_on):
+            if name in taken or (name not in own and not passes_on):
                 hint = nearest(name, own) if own else "it has none."
                 raise InputError(f"{self.title} has no argument {name!r}; {hint}")
-        missing = [
-            name
-            for name, parameter in own.items()
-            if parameter.default is parameter.empty and name not in self.arguments
-        ]
+        missing = [name for name, p in own.items() if p.default is p.empty and name not in self.arguments]
         if missing:
             raise InputError(
                 f"{self.title}: {' and '.join(missing)} not given, which pytorch-ood has no default for; add it, for "
@@ -183,7 +170,7 @@ def _their_class(name: str) -> tuple[type, str]:
         api.FeaturesDetector: "features",
         api.FeatureMapsDetector: "feature_maps",
     }
-    classes = {key: value for key, value in vars(detector).items() if inspect.isclass(value)}
+    classes = dict(inspect.getmembers(detector, inspect.isclass))
     usable = {
         key: (value, representation)
         for key, value in classes.items()
@@ -210,10 +197,9 @@ def _inputs(shard: FeatureBank, representation: str) -> Tensor:
 
 def _head_arguments(head: Head, representation: str) -> dict[str, Any]:
     """The head under the names that constructors of theirs have for it."""
-    head = Head(head.weight.detach().cpu().float(), head.bias.detach().cpu().float())
+    weight, bias = (values.detach().cpu().float() for values in (head.weight, head.bias))
     # On the meta device no random weights are drawn, which would move the global generator.
     linear = nn.Linear(head.feature_dim, head.num_classes, device="meta")
-    linear.weight = nn.Parameter(head.weight, requires_grad=False)
-    linear.bias = nn.Parameter(head.bias, requires_grad=False)
+    linear.weight, linear.bias = (nn.Parameter(values, requires_grad=False) for values in (weight, bias))
     as_module = nn.Sequential(nn.Flatten(), linear) if representation == "feature_maps" else linear
-    return {"head": as_module, "w": head.weight, "b": head.bias}
+    return {"head": as_module, "w": weight, "b": bias}

@@ -1,18 +1,20 @@
 """ReAct: rectified activations."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
+from ood_helpers.banks import Bank, FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 from ood_helpers.errors import InputError
-from ood_helpers.features import Bank, FeatureBank, activation_percentile
-from ood_helpers.kernels.shaped_energy import shaped_energy
+from ood_helpers.kernels.shaped_energy import Shaping, shaped_energy
+from ood_helpers.statistics import activation_percentile
 
 
+@DETECTORS.register("react")
 @dataclass
 class ReAct(Detector):
     """Score S = logsumexp(min(f, c) W^T + b): unusually large activations, typical of OOD input, are cut at c.
@@ -46,24 +48,18 @@ class ReAct(Detector):
         self._check_number("percentile", 0, 100, optional=True)
         self._check_number("clip", 0, inf, optional=True, open_low=True)
 
-    def variants(self, grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[dict[str, Any], Self]]:
-        """As for any detector; values of one rule switch the other off."""
+    def _change(self, settings: Mapping[str, Any]) -> None:
+        """As for any detector; a value of one rule switches the other off."""
         other = {"percentile": "clip", "clip": "percentile"}
-        off = {other[name]: [None] for name in other if name in grid and other[name] not in grid}
-        for settings, variant in super().variants({**grid, **off}):
-            yield {name: settings[name] for name in grid}, variant
+        super()._change({other[name]: None for name in other if name in settings} | dict(settings))
 
     def _fit(self, train_bank: Bank) -> None:
         self._check_training_features(train_bank)
         self.train_bank_ = train_bank
 
     def clip_value(self) -> float:
-        """The c in use: `clip`, or the percentile of the training activations.
-
-        Raises
-        ------
-        InputError : not fitted; a hyper-parameter out of range
-        """
+        """The c in use: `clip`, or the percentile of the training activations. Raises InputError if not fitted or out
+        of range."""
         self._check_fitted()
         if self.clip is not None:
             return self.clip
@@ -75,4 +71,4 @@ class ReAct(Detector):
 
     def _score(self, shard: FeatureBank) -> Tensor:
         head = self.head_.to(shard.features)
-        return shaped_energy(shard.features, head.weight, head.bias, clip=self.clip_value())
+        return shaped_energy(shard.features, head.weight, head.bias, Shaping(self.clip_value()))

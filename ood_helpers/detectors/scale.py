@@ -5,13 +5,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ood_helpers.banks import FeatureBank
 from ood_helpers.detectors.ash import energy_gain, kept_count
-from ood_helpers.detectors.base import Detector
-from ood_helpers.features import FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 from ood_helpers.kernels.largest_entries import largest_entries
-from ood_helpers.kernels.shaped_energy import shaped_energy
+from ood_helpers.kernels.shaped_energy import Shaping, shaped_energy
 
 
+@DETECTORS.register("scale")
 @dataclass
 class Scale(Detector):
     """Score S = energy of the head on f * exp(s1 / s2), s1 = the sum of f, s2 that of its largest entries.
@@ -37,4 +38,4 @@ class Scale(Detector):
     def _score(self, shard: FeatureBank) -> Tensor:
         features, head = shard.features, self.head_.to(shard.features)
         entries = largest_entries(features, kept_count(features.shape[1], self.percentile))
-        return shaped_energy(features, head.weight, head.bias, gain=energy_gain(entries))
+        return shaped_energy(features, head.weight, head.bias, Shaping(gain=energy_gain(entries)))

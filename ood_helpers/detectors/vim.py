@@ -6,12 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ood_helpers.detectors.base import Detector
+from ood_helpers.banks import Bank, FeatureBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 from ood_helpers.detectors.energy import energy_score
 from ood_helpers.errors import InputError
-from ood_helpers.features import Bank, FeatureBank
 
 
+@DETECTORS.register("vim")
 @dataclass
 class ViM(Detector):
     """Score S = logsumexp_c(z_c) - alpha * ||R^T (f - u)||: what lies outside the principal space of ID features counts against.
@@ -28,7 +29,7 @@ class ViM(Detector):
     -------
     origin_ : u [D] float64
     eigenvalues_ : [D] float64, ascending
-    eigenvectors_ : [D, D] float64, one a column
+    eigenvectors_ : [D, D] float64, in columns
     """
 
     dimension: int | None = None
@@ -41,12 +42,7 @@ class ViM(Detector):
 
     @property
     def dimension_(self) -> int:
-        """The dimension of the principal space in use.
-
-        Raises
-        ------
-        InputError : not fitted; as large as the features or larger
-        """
+        """The dimension of the principal space in use. Raises InputError if not fitted or not below D."""
         self._check_fitted()
         size = self.head_.feature_dim
         if self.dimension is None:
@@ -70,12 +66,7 @@ class ViM(Detector):
         self.eigenvalues_, self.eigenvectors_ = torch.linalg.eigh(moment / len(train_bank))
 
     def alpha(self) -> float:
-        """alpha of the present dimension.
-
-        Raises
-        ------
-        InputError : not fitted; the training features have no residual
-        """
+        """alpha of the present dimension. Raises InputError if not fitted or without a residual."""
         return self._cached(self.dimension_, self._alpha)
 
     def _alpha(self) -> float:

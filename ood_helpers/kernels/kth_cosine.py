@@ -5,11 +5,9 @@
 
 The largest cosines of every query are kept while the training features pass block by block; no table [N, N_train] is made.
 
-There is no Triton kernel: the selection needs more time than the product, and sorting is what libraries are good at.
-benchmarks/bench_kernels.py times the product alone beside the whole: more than half of the time on two CPU cores, in float32
-and float64; on an H200 a third in float32 and a quarter in float64. There torch.topk over all training features at once takes
-less than half of the time of this function, and N N_train numbers of memory. Distances near 0 need float64, which the other
-kernels do not have.
+There is no Triton kernel: distances near 0 need float64, and libraries sort well. The product alone takes more than half of
+the time on two CPU cores, on an H200 a third in float32 and a quarter in float64 (benchmarks/bench_kernels.py). There
+torch.topk over all training features at once takes less than half of the time, and N N_train numbers of memory.
 
 Source: Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022, arXiv 2204.06507.
 """
@@ -26,12 +24,7 @@ BLOCK = 2048  # training features in a block: 8 MB of cosines, which the caches 
 
 
 def kth_cosine(
-    queries: Tensor,
-    train: Iterable[Tensor],
-    ks: Sequence[int],
-    *,
-    chunk: int = CHUNK,
-    block: int = BLOCK,
+    queries: Tensor, train: Iterable[Tensor], ks: Sequence[int], *, chunk: int = CHUNK, block: int = BLOCK
 ) -> Tensor:
     """The k-th largest cosine of each query with the training features, for each k: [N, len(ks)].
 
@@ -45,8 +38,8 @@ def kth_cosine(
     train : pieces [B, D] of the training features, read once, in any dtype and on any device
     ks : from 1 to the number of training features; beyond it the result is -inf
 
-    A feature of zeros has the cosine 0 with all others. A query with a NaN gives NaN, and so does a training feature with
-    one, to all queries.
+    A feature of zeros has the cosine 0 with all others. A query with NaN gives NaN; a training feature with NaN gives NaN
+    for all queries.
     """
     deepest = max(ks)
     rows = min(chunk * (16 if queries.is_cuda else 1), max(1, len(queries)))

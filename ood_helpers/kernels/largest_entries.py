@@ -5,10 +5,9 @@
           D - 1 where all equal ones are
     s1_n = sum over d of f_nd,   s2_n = the same over the kept entries
 
-f [N, D] features, which may be negative; -0.0 is 0.0. There is no sorting: floats are in the order of the whole numbers that
-their bits make (those of negative ones reversed), so a search for a pivot with count entries from it on ends. A row is read
-once and counted in registers, about seven times for features as behind a ReLU. Rows in which only some of the equal entries
-are kept are read a second time.
+f [N, D] features, which may be negative; -0.0 is 0.0. There is no sorting: floats have the order of the whole numbers that
+their bits make (those of negative ones reversed), so the search for a pivot with count entries from it on ends. A row is read
+once and counted in registers, about seven times for features after a ReLU; a second time where only some equal entries are kept.
 
 Sources: Djurisic et al., "Extremely Simple Activation Shaping for Out-of-Distribution Detection", ICLR 2023,
 arXiv 2209.09858; Xu et al., "Scaling for Training Time and Post-hoc Out-of-distribution Detection Enhancement", ICLR 2024,

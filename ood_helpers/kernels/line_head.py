@@ -276,9 +276,8 @@ def _clipped(features: Tensor, clip: float | None) -> Tensor:
 def _predict(
     features: Tensor, weight: Tensor, bias: Tensor, clip: float | None, has_masks: bool
 ) -> tuple[Tensor, Tensor]:
-    """k [N] int64, the class with the largest logit of the clipped features through the whole head; and 0 for each sample,
-    but NaN for one with a feature that is NaN, also if its class does not keep that one. Without masks nothing hangs on
-    the class, and all are 0."""
+    """k [N] int64, the class with the largest logit of the clipped features through the whole head; and 0 per sample, but
+    NaN for one with NaN in any feature, kept or not. Without masks the class is irrelevant, and all are 0."""
     if not has_masks:
         zeros = features.new_zeros(len(features))
         return zeros.long(), zeros

@@ -8,10 +8,8 @@ THREADS_OF_TOPK = 6
 
 
 def largest(tile: Tensor, k: int) -> Tensor:
-    """The k largest of each row [N, k], or all; NaN counts as the largest. May reorder the tile [N, D].
-
-    Their order, and with it the last bits of their sum, depends on the number of threads.
-    """
+    """The k largest of each row [N, k], or all; NaN counts as the largest. May reorder the tile [N, D]. Their order, and
+    with it the last bits of their sum, depends on the number of threads."""
     width = tile.shape[1]
     if k >= width:
         return tile

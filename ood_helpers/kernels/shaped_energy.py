@@ -15,6 +15,7 @@ Djurisic et al. (ASH), ICLR 2023, arXiv 2209.09858; Xu et al. (SCALE), ICLR 2024
 arXiv 2310.18104.
 """
 
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -41,6 +42,30 @@ TILES = {
     "ieee": Tile(samples=64, classes=128, features=16, stages=4),
     "tf32": Tile(samples=64, classes=256, features=32, stages=2),
 }
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """What happens to features before the head and to logits after it; every step is optional.
+
+    clip : above 0
+    class_mask : M bool [C, D], row k for samples predicted as k
+    predicted : k int64 [N]; needed with class_mask
+    largest : the entries that are kept, of g as clipped and masked
+    binary : whether each of them becomes 1; only with `largest`
+    gain : factor [N] of the shaped features
+    scale : factor [N] of the logits
+    temperature : T, above 0
+    """
+
+    clip: float | None = None
+    class_mask: Tensor | None = None
+    predicted: Tensor | None = None
+    largest: LargestEntries | None = None
+    binary: bool = False
+    gain: Tensor | None = None
+    scale: Tensor | None = None
+    temperature: float = 1.0
 
 
 @jit
@@ -118,19 +143,7 @@ def _shaped_energy_kernel(
 
 @launcher
 def launch(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    clip: float | None = None,
-    class_mask: Tensor | None = None,
-    predicted: Tensor | None = None,
-    largest: LargestEntries | None = None,
-    binary: bool = False,
-    gain: Tensor | None = None,
-    scale: Tensor | None = None,
-    temperature: float = 1.0,
-    precision: str = "ieee",
+    features: Tensor, weight: Tensor, bias: Tensor, shaping: Shaping, precision: str = "ieee"
 ) -> Tensor:
     """The Triton kernel, arguments as for `shaped_energy`. Memory beside the output, in numbers: 2 C D
     for the head, N C / 128 or less for partial energies."""
@@ -144,6 +157,8 @@ def launch(
     out = features.new_empty(n, blocks)
     by_feature = weights_by_feature(weight, blocks * block_c, precision)
 
+    mask, largest = shaping.class_mask, shaping.largest
+
     def pointer(values: Tensor | None) -> Tensor:
         return bias if values is None else values.contiguous()  # bias: not read there
 
@@ -152,26 +167,26 @@ def launch(
             features,
             by_feature,
             bias.contiguous(),
-            pointer(class_mask if class_mask is None else class_mask.contiguous().view(torch.uint8)),
-            pointer(predicted),
+            pointer(mask if mask is None else mask.contiguous().view(torch.uint8)),
+            pointer(shaping.predicted),
             pointer(largest and largest.threshold),
             pointer(largest and largest.last),
-            pointer(gain),
-            pointer(scale),
+            pointer(shaping.gain),
+            pointer(shaping.scale),
             out,
             n,
             num_classes,
             *features.stride(),
             *by_feature.stride(),
             blocks,
-            inf if clip is None else float(clip),
-            float(temperature),
+            inf if shaping.clip is None else float(shaping.clip),
+            float(shaping.temperature),
             FEATURE_DIM=feature_dim,
-            MASKED=class_mask is not None,
+            MASKED=mask is not None,
             PRUNED=largest is not None,
-            BINARY=binary,
-            GAIN=gain is not None,
-            SCALE=scale is not None,
+            BINARY=shaping.binary,
+            GAIN=shaping.gain is not None,
+            SCALE=shaping.scale is not None,
             PRECISION=precision,
             BLOCK_N=block_n,
             BLOCK_C=block_c,
@@ -180,60 +195,32 @@ def launch(
             num_stages=tile.stages,
             **OPTIONS,
         )
-    return temperature * out.logsumexp(dim=1)
+    return shaping.temperature * out.logsumexp(dim=1)
 
 
-def reference(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    clip: float | None = None,
-    class_mask: Tensor | None = None,
-    predicted: Tensor | None = None,
-    largest: LargestEntries | None = None,
-    binary: bool = False,
-    gain: Tensor | None = None,
-    scale: Tensor | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
+def reference(features: Tensor, weight: Tensor, bias: Tensor, shaping: Shaping) -> Tensor:
     """The same in plain torch, on any device and in any dtype; arguments as for `shaped_energy`.
 
     Memory beside the output, in numbers: (3 D + 2 C) CHUNK.
     """
-    out = features.new_empty(len(features))
+    out, temperature = features.new_empty(len(features)), shaping.temperature
     parts = [None] * max(1, ceil_div(len(features), CHUNK))
 
     def split(values):
         return parts if values is None else values.split(CHUNK)
 
-    per_sample = (features, predicted, largest, gain, scale, out)
-    for f, k, entries, factor, smoothing, energies in zip(*map(split, per_sample), strict=True):
-        g = shaped_features(f, clip=clip, class_mask=class_mask, predicted=k, largest=entries, binary=binary)
-        if factor is None:
-            z = torch.addmm(bias, g, weight.T)
-        else:
-            z = (g @ weight.T).mul_(factor[:, None]).add_(bias)
-        if smoothing is not None:
-            z *= smoothing[:, None]
+    per_sample = (features, shaping.predicted, shaping.largest, shaping.gain, shaping.scale, out)
+    for f, k, entries, gain, scale, energies in zip(*map(split, per_sample), strict=True):
+        g = shaped_features(f, replace(shaping, predicted=k, largest=entries))
+        z = torch.addmm(bias, g, weight.T) if gain is None else (g @ weight.T).mul_(gain[:, None]).add_(bias)
+        if scale is not None:
+            z *= scale[:, None]
         energies.copy_((z if temperature == 1 else z / temperature).logsumexp(dim=1))
     return out.mul_(temperature)
 
 
 def shaped_energy(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    clip: float | None = None,
-    class_mask: Tensor | None = None,
-    predicted: Tensor | None = None,
-    largest: LargestEntries | None = None,
-    binary: bool = False,
-    gain: Tensor | None = None,
-    scale: Tensor | None = None,
-    temperature: float = 1.0,
-    precision: str = "ieee",
+    features: Tensor, weight: Tensor, bias: Tensor, shaping: Shaping = Shaping(), *, precision: str = "ieee"
 ) -> Tensor:
     """S [N] of samples through the head, their features shaped before it and their logits scaled after it.
 
@@ -241,14 +228,6 @@ def shaped_energy(
     ----------
     features : f [N, D], of any strides
     weight, bias : W [C, D], b [C]
-    clip : above 0; None = no clipping
-    class_mask : M bool [C, D], row k for samples predicted as k; None = keep every feature
-    predicted : k int64 [N]; needed with class_mask
-    largest : the entries that are kept, of g as clipped and masked; None = all
-    binary : whether each of them becomes 1; only with `largest`
-    gain : factor [N] of the shaped features; None = 1
-    scale : factor [N] of the logits; None = 1
-    temperature : T, above 0
     precision : of the product in Triton, "ieee" or "tf32"
 
     Raises
@@ -256,39 +235,21 @@ def shaped_energy(
     InputError : unknown precision
     """
     check_precision(precision)
-    arguments = {
-        "clip": clip,
-        "class_mask": class_mask,
-        "predicted": predicted,
-        "largest": largest,
-        "binary": binary,
-        "gain": gain,
-        "scale": scale,
-        "temperature": temperature,
-    }
     if runs_on_triton(features):
-        return launch(features, weight, bias, **arguments, precision=precision)
-    return reference(features, weight, bias, **arguments)
+        return launch(features, weight, bias, shaping, precision)
+    return reference(features, weight, bias, shaping)
 
 
-def shaped_features(
-    features: Tensor,
-    *,
-    clip: float | None = None,
-    class_mask: Tensor | None = None,
-    predicted: Tensor | None = None,
-    largest: LargestEntries | None = None,
-    binary: bool = False,
-) -> Tensor:
-    """g [N, D], the features as `shaped_energy` takes them to the head, without the gain; arguments as there."""
-    g = features if clip is None else features.clamp(max=clip)
-    if class_mask is not None:
-        g = g * class_mask[predicted]
-    if largest is not None:
+def shaped_features(features: Tensor, shaping: Shaping) -> Tensor:
+    """g [N, D], the features [N, D] as `shaped_energy` takes them to the head, without the gain."""
+    g = features if shaping.clip is None else features.clamp(max=shaping.clip)
+    if shaping.class_mask is not None:
+        g = g * shaping.class_mask[shaping.predicted]
+    if shaping.largest is not None:
         # Masks in the features' dtype: choosing by booleans takes several times as long. NaN stays: it times 0 is NaN.
-        keep = torch.ge(g, largest.threshold[:, None], out=torch.empty_like(g))
-        tied = keep.sum(dim=1) > largest.count
+        keep = torch.ge(g, shaping.largest.threshold[:, None], out=torch.empty_like(g))
+        tied = keep.sum(dim=1) > shaping.largest.count
         if tied.any():
-            keep[tied] = largest.of(tied).mask(g[tied]).to(g)
-        g = keep.add_(0 * g.sum(dim=1, keepdim=True)) if binary else keep.mul_(g)
+            keep[tied] = shaping.largest.of(tied).mask(g[tied]).to(g)
+        g = keep.add_(0 * g.sum(dim=1, keepdim=True)) if shaping.binary else keep.mul_(g)
     return g

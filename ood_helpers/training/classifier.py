@@ -1,22 +1,17 @@
-"""Training a classifier from scratch with cross-entropy, and the batches that every training method uses."""
+"""Training a classifier from scratch with cross-entropy."""
 
-import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ood_helpers.backbones import Classifier
-from ood_helpers.config import EpochTrainingConfig, TrainingConfig
-from ood_helpers.data import ImageSet, Transform
-from ood_helpers.errors import InputError
-from ood_helpers.groups import Groups, classify
-from ood_helpers.training import loop
+from ood_helpers.backbones.base import Classifier
+from ood_helpers.config.backbones import TrainingConfig
+from ood_helpers.data.image_set import ImageSet
+from ood_helpers.data.transforms import Transform
+from ood_helpers.training import batches, loop
 
 
 def train_classifier(
@@ -32,12 +27,9 @@ def train_classifier(
 ) -> pd.DataFrame:
     """Train `network` from the weights it has with mean cross-entropy; see `ood_helpers.training.loop.train`.
 
-    Resumed where it was interrupted, and not repeated when it is finished. The network ends in eval mode on
-    `device` with the final weights.
-
     Returns
     -------
-    One row an epoch: epoch, learning_rate, train_loss, train_accuracy, validation_loss, validation_accuracy;
+    One row per epoch: epoch, step, learning_rate, train_loss, train_accuracy, validation_loss, validation_accuracy;
     accuracies in percent, the validation's NaN without a validation set.
 
     Raises
@@ -45,184 +37,29 @@ def train_classifier(
     InputError : fewer than two images, no labels, labels outside 0 .. C - 1, or a loss that is not finite
     """
     for image_set in (train, *([] if validation is None else [validation])):
-        check_labels(image_set, network.num_classes)
+        batches.check_labels(image_set, network.num_classes)
 
-    def epoch_batches(_epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        return augmented_batches(train, transform, config, generator, device)
+    def mean_cross_entropy(network: nn.Module, batch: loop.Batch) -> tuple[Tensor, loop.Values]:
+        images, labels = batch
+        logits = network(images)
+        return F.cross_entropy(logits, labels), {"accuracy": batches.percent_correct(logits, labels)}
 
     def validate(network: nn.Module) -> dict[str, float]:
         if validation is None:
             return {"loss": float("nan"), "accuracy": float("nan")}
-        return evaluate(network, validation, transform, config.batch_size, device)
+        return batches.evaluate(network, validation, transform, config.batch_size, device)
 
+    per_epoch = batches.steps_per_epoch(len(train), config.batch_size)
     return loop.train(
         network,
-        epoch_batches,
-        cross_entropy,
-        config,
-        steps_per_epoch=steps_per_epoch(len(train), config.batch_size),
+        lambda epoch, generator: batches.augmented_batches(train, transform, config, generator, device),
+        loop.descent(mean_cross_entropy),
+        loop.Schedule.of(config, per_epoch, config.epochs * per_epoch, shape=config.schedule),
         seed=seed,
         device=device,
         directory=directory,
         validate=validate,
-        tracked=True,
-        save_every=config.save_every,
-        settings={"images": len(train)},
+        tracking=loop.Tracking(config.save_every),
+        settings={**config.model_dump(), "images": len(train)},
         description=f"Training {type(network).__name__}",
     )
-
-
-def cross_entropy(network: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropy of (images [B, 3, H, W], labels [B]), and the accuracy in percent."""
-    images, labels = batch
-    logits = network(images)
-    return F.cross_entropy(logits, labels), {"accuracy": percent_correct(logits, labels)}
-
-
-def percent_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of rows whose largest logit is at the label, in percent."""
-    return 100 * (logits.detach().argmax(dim=1) == labels).float().mean()
-
-
-def evaluate(
-    network: nn.Module,
-    image_set: ImageSet,
-    transform: Transform,
-    batch_size: int,
-    device: str | torch.device,
-    groups: Groups | None = None,
-) -> dict[str, float]:
-    """Mean loss and accuracy (percent) on a labelled image set, with `groups` those of the group softmax; the network
-    in eval mode."""
-    network.eval()
-    batches = (
-        to_network(load_images(image_set, transform, rows), image_set, rows, transform, device)
-        for rows in torch.arange(len(image_set)).split(batch_size)
-    )
-    with torch.inference_mode():
-        return evaluate_logits(((network(images), labels) for images, labels in batches), groups)
-
-
-def evaluate_logits(
-    logits_and_labels: Iterable[tuple[Tensor, Tensor]], groups: Groups | None = None
-) -> dict[str, float]:
-    """Mean loss and accuracy (percent) of batches of logits [B, L] and labels [B]."""
-    total, correct, images = 0.0, 0, 0
-    for logits, labels in logits_and_labels:
-        total += float(softmax_losses(logits, labels, groups).sum())
-        correct += int((classify(logits, groups) == labels).sum())
-        images += len(labels)
-    return {"loss": total / images, "accuracy": 100 * correct / images}
-
-
-def softmax_losses(logits: Tensor, labels: Tensor, groups: Groups | None = None) -> Tensor:
-    """Cross-entropy of each sample, of logits [B, L] and labels [B] -> [B].
-
-    With groups the sum over groups k of -log softmax(z_k)_{y_k}, where y_k is the class in its own group and "others" in
-    all others. Unweighted (MOS, arXiv 2105.01879, section 3).
-    """
-    if groups is None:
-        return F.cross_entropy(logits, labels, reduction="none")
-    columns = groups.others.to(labels.device) + groups.targets(labels)
-    return -groups.log_softmax(logits).gather(1, columns).sum(dim=1)
-
-
-def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Number of batches of an epoch; a last batch of one image is left out, as batch norm needs two.
-
-    Raises
-    ------
-    InputError : no batch of two images can be made
-    """
-    if images < 2 or batch_size < 2:
-        raise InputError(
-            f"Found {images} training images and batch_size={batch_size}, expected at least 2 of both; "
-            "take more images or a larger batch."
-        )
-    return images // batch_size + (images % batch_size > 1)
-
-
-def augmented_batches(
-    image_set: ImageSet,
-    transform: Transform,
-    config: TrainingConfig | EpochTrainingConfig,
-    generator: torch.Generator,
-    device: str | torch.device,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in random order: (normalised images [B, 3, h, w] in channels_last, labels [B]) on `device`.
-
-    Order, crops and flips come from `generator` alone, whatever the device.
-    """
-    order = torch.randperm(len(image_set), generator=generator)
-    for rows in order.split(config.batch_size)[: steps_per_epoch(len(image_set), config.batch_size)]:
-        images = augment(load_images(image_set, transform, rows), config.crop_padding, config.flip, generator)
-        yield to_network(images, image_set, rows, transform, device)
-
-
-def load_images(image_set: ImageSet, transform: Transform, rows: Tensor) -> Tensor:
-    """The images `rows` after the transform's geometry, uint8 [B, h, w, 3].
-
-    Taken straight from the set's array where the transform keeps its size, otherwise through PIL.
-    """
-    if image_set.array is not None and transform.keeps(*image_set.array.shape[1:3]):
-        return torch.from_numpy(image_set.array[rows.numpy()])
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        images = list(threads.map(lambda row: transform.geometry(image_set.image(row)), rows.tolist()))
-    sizes = {image.shape for image in images}
-    if len(sizes) > 1:
-        raise InputError(
-            f"The images of {image_set.name} have several sizes after the transform "
-            f"({', '.join(map(str, sorted(sizes)))}), expected one; give the transform a resize [height, width] or a crop."
-        )
-    return torch.from_numpy(np.stack(images))
-
-
-def augment(
-    images: Tensor,
-    crop_padding: int,
-    flip: bool,
-    generator: torch.Generator,
-    size: tuple[int, int] | None = None,
-) -> Tensor:
-    """A random crop of each zero-padded image to its own or another size, and a horizontal flip of every second on
-    average.
-
-    images uint8 [B, h, w, 3]; padding in pixels on each side, 0 for none; size [height, width] of the crop, at most that
-    of the padded images. All images in one gather.
-    """
-    count = len(images)
-    height, width = images.shape[1:3] if size is None else size
-    spare = [images.shape[axis] + 2 * crop_padding - side for axis, side in ((1, height), (2, width))]
-    top, left = (torch.randint(0, most + 1, (count,), generator=generator) for most in spare)
-    mirrored = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
-    if crop_padding:
-        images = F.pad(images, (0, 0, crop_padding, crop_padding, crop_padding, crop_padding))
-    elif not flip and not any(spare):
-        return images
-    columns = torch.arange(width).expand(count, width)
-    columns = torch.where(mirrored[:, None], width - 1 - columns, columns) + left[:, None]
-    rows = torch.arange(height) + top[:, None]
-    return images[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def check_labels(image_set: ImageSet, num_classes: int) -> None:
-    """Raise an InputError unless every image has a label in 0 .. num_classes - 1."""
-    if image_set.labels is None:
-        raise InputError(
-            f"The image set {image_set.name} has no labels, expected the class of each image; add them to the set."
-        )
-    if len(image_set) and not 0 <= image_set.labels.min() <= image_set.labels.max() < num_classes:
-        raise InputError(
-            f"The image set {image_set.name} has labels {image_set.labels.min()} to {image_set.labels.max()}, expected "
-            f"0 to {num_classes - 1}; correct num_classes or the labels."
-        )
-
-
-def to_network(
-    images: Tensor, image_set: ImageSet, rows: Tensor, transform: Transform, device: str | torch.device
-) -> tuple[Tensor, Tensor]:
-    """uint8 [B, h, w, 3] -> normalised float [B, 3, h, w] in channels_last, and the labels, on `device`."""
-    # Seen as [B, 3, h, w], an image-major array already has the channels_last layout.
-    images = transform.normalise(images.to(device).permute(0, 3, 1, 2))
-    labels = torch.from_numpy(np.asarray(image_set.labels)[rows.numpy()]).to(device)
-    return images.contiguous(memory_format=torch.channels_last), labels

@@ -11,7 +11,7 @@ from torch import nn
 
 from ood_helpers.backbones import BiT, load_checkpoint, weights_fingerprint
 from ood_helpers.backbones.bit import UNITS
-from ood_helpers.config import BackboneConfig
+from ood_helpers.config.backbones import BackboneConfig
 from ood_helpers.errors import InputError
 
 CLASSES, DEPTH, WIDTH = 6, 17, 0.5  # a small network: D = 1024, groups of one, two, four and more channels

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ood_helpers.config import ArchiveImages
+from ood_helpers.config.images import ArchiveImages
 from ood_helpers.data import open_image_set
 from ood_helpers.data.archives import fetch, unpack, verify
 from ood_helpers.errors import InputError, MissingDataError

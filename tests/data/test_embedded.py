@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from ood_helpers.config import EmbeddedImages
+from ood_helpers.config.images import EmbeddedDigits, GeneratedImages
 from ood_helpers.data import embedded, open_image_set
 
 
@@ -47,15 +47,11 @@ def test_digit_splits_are_stratified(split, size):
 
 @pytest.mark.parametrize("name", embedded.GENERATORS)
 def test_ood_sets(name, cache):
-    first = open_image_set(
-        EmbeddedImages(source="embedded", set=name, count=150, seed=3), name, cache_dir=cache
-    )
-    again = open_image_set(
-        EmbeddedImages(source="embedded", set=name, count=150, seed=3), name, cache_dir=cache
-    )
-    other = open_image_set(
-        EmbeddedImages(source="embedded", set=name, count=150, seed=4), name, cache_dir=cache
-    )
+    def made(seed):
+        source = GeneratedImages(source="embedded", set=name, count=150, seed=seed)
+        return open_image_set(source, name, cache_dir=cache)
+
+    first, again, other = made(3), made(3), made(4)
     assert first.array.shape == (150, 8, 8, 3) and first.array.dtype == np.uint8
     assert first.labels is None and first.class_names is None
     assert set(np.unique(first.array)) == set(embedded.LEVELS), "all 17 levels of the digits and no other"
@@ -113,9 +109,8 @@ def test_jigsaws_are_validation_digits_in_another_order():
 
 
 def test_digits_as_image_set(cache):
-    digits = open_image_set(
-        EmbeddedImages(source="embedded", set="digits", split="test"), "digits", cache_dir=cache
-    )
+    source = EmbeddedDigits(source="embedded", set="digits", split="test")
+    digits = open_image_set(source, "digits", cache_dir=cache)
     assert digits.class_names == tuple("0123456789") and digits.name == "digits"
     assert "test" in digits.source
     assert digits.image(0).mode == "RGB" and digits.image(0).size == (8, 8)

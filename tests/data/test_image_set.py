@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ood_helpers.config import FolderImages, NpzImages
+from ood_helpers.config.images import FolderImages, NpzImages
 from ood_helpers.data import ImageSet, open_image_set
 from ood_helpers.data import image_set as module
 from ood_helpers.errors import InputError, MissingDataError

@@ -1,12 +1,13 @@
 """ImageNet's two numberings and its eight groups: what is known of them from the lists of MOS."""
 
+import csv
 import hashlib
 
 import numpy as np
 import pytest
 
-from ood_helpers.data.imagenet import devkit_to_sorted, wnids
-from ood_helpers.groups import read_groups
+from ood_helpers.data.imagenet import CLASSES_PATH, devkit_to_sorted
+from ood_helpers.mos.groups import read_groups
 
 # Runs of class numbers in each group: by sorted WordNet ids, and by devkit id - 1. The second group is the rest.
 RUNS = {
@@ -44,13 +45,18 @@ def numbers(runs: str) -> list[int]:
     return [number for first, last in ends for number in range(int(first), int(last or first) + 1)]
 
 
+def wordnet_ids() -> list[str]:
+    with open(CLASSES_PATH, encoding="utf-8", newline="") as file:
+        return [row["wnid"] for row in csv.DictReader(file)]
+
+
 @pytest.fixture(scope="module")
 def groups():
     return read_groups("imagenet", None, 1000)
 
 
 def test_both_numberings_have_every_class_once():
-    assert list(wnids()) == sorted(set(wnids())) and len(wnids()) == 1000
+    assert wordnet_ids() == sorted(set(wordnet_ids())) and len(wordnet_ids()) == 1000
     place = devkit_to_sorted()
     assert place.dtype == np.int64 and sorted(place) == list(range(1000))
     assert not (place == np.arange(1000)).any()
@@ -59,13 +65,13 @@ def test_both_numberings_have_every_class_once():
 def test_wordnet_ids_are_those_of_timm():
     from timm.data import ImageNetInfo
 
-    assert list(wnids()) == ImageNetInfo().label_names()
+    assert wordnet_ids() == ImageNetInfo().label_names()
 
 
 @pytest.mark.parametrize("wnid", CHECKS)
 def test_check_values(groups, wnid):
     number, devkit, group, place, column = CHECKS[wnid]
-    assert wnids()[number] == wnid and devkit_to_sorted()[devkit] == number
+    assert wordnet_ids()[number] == wnid and devkit_to_sorted()[devkit] == number
     assert groups.group_of_class[number] == group and groups.place_in_group[number] == place
     assert groups.columns[number] == column and groups.members[group][place] == number
 

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
-from ood_helpers import config
+from ood_helpers.config import images as config
 from ood_helpers.data import archives, open_image_set
 from ood_helpers.errors import InputError, MissingDataError
 

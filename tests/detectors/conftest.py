@@ -1,10 +1,11 @@
-"""The hand-made example of the vectors: three classes, four features, four samples."""
+"""The hand-made example of the vectors: three classes, four features, four samples; and a small network."""
 
 import pytest
 import torch
 from detector_examples import make_bank
+from pixel_examples import SmallNetwork
 
-from ood_helpers.features import Head
+from ood_helpers.banks import Head
 
 
 @pytest.fixture
@@ -26,3 +27,9 @@ def train_bank(head):
 def bank(head):
     features = [[1.4, 0.2, 0.7, 0.5], [0.1, 1.1, 0.2, 0.9], [2, 1.8, 0.4, 0.3], [0.3, 0.4, 1.6, 0.1]]
     return make_bank(torch.tensor(features, dtype=torch.float64), head)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return SmallNetwork()

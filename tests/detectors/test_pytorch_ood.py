@@ -10,14 +10,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from detector_examples import cast, make_bank, random_problem, split
+from detector_examples import LargestArray, cast, make_bank, random_problem, rows_of, split
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import spearmanr
 from torch import nn
 
-from ood_helpers.detectors import PyTorchOOD, create, create_all, energy_score
+from ood_helpers.banks import FeatureBank
+from ood_helpers.detectors import create, variants
+from ood_helpers.detectors.energy import energy_score
+from ood_helpers.detectors.pytorch_ood import PyTorchOOD
 from ood_helpers.errors import InputError
-from ood_helpers.features import FeatureBank
 from ood_helpers.metrics import evaluate
 
 pytest.importorskip("pytorch_ood", reason="pytorch-ood is not installed")
@@ -77,7 +79,7 @@ def scores(problem, name, **arguments):
 @every_class
 def test_every_class_on_logits_or_features_is_a_row(name, problem):
     row = f"pytorch_ood.{name}"
-    detector = create_all({row: ARGUMENTS[name]})[row]
+    detector = rows_of({row: ARGUMENTS[name]})[row].detector
     train, head, bank = problem
     found = detector.fit(train, head).score_samples(bank)
     assert detector.label == f"{name} (pytorch-ood)"
@@ -103,26 +105,27 @@ def test_shards_and_the_whole_bank_give_the_same_scores(name, problem, monkeypat
 
 
 def test_chunks_bound_the_memory(problem, monkeypatch):
-    """Theirs gets at most CHUNK / (C D) samples at once."""
-    seen = []
-    detector = create("pytorch_ood.DICE", p=0.5).fit(*problem[:2])
-    theirs = detector._fitted()
-    whole = theirs.predict_features
-    monkeypatch.setattr(theirs, "predict_features", lambda x: seen.append(len(x)) or whole(x))
+    """Their DICE makes an array [chunk, C, D]; ours is the choice of how many samples it gets at once."""
+    train, head, bank = problem
+    detector = create("pytorch_ood.DICE", p=0.5).fit(train, head)
+    with LargestArray() as unbounded:
+        expected = detector.score_samples(bank)
+    assert unbounded.elements == len(bank) * CLASSES * DIMENSION
     monkeypatch.setattr("ood_helpers.detectors.pytorch_ood.CHUNK", 64 * CLASSES * DIMENSION)
-    detector.score_samples(problem[2])
-    assert seen == [64, 64, 64, 8]
+    with LargestArray() as bounded:
+        assert_allclose(detector.score_samples(bank), expected, rtol=1e-5, atol=1e-5)
+    assert bounded.elements == 64 * CLASSES * DIMENSION
 
 
 def test_another_row_name(problem):
-    rows = create_all(
+    rows = rows_of(
         {
             "pytorch_ood.KNN": {"k": 50},
             "knn_small": {"detector": "pytorch_ood.KNN", "k": 5, "label": "KNN, k = 5 (pytorch-ood)"},
         }
     )
     assert [row.label for row in rows.values()] == ["KNN (pytorch-ood)", "KNN, k = 5 (pytorch-ood)"]
-    assert rows["knn_small"] == PyTorchOOD("KNN", {"k": 5})
+    assert rows["knn_small"].detector == PyTorchOOD("KNN", {"k": 5})
 
 
 def test_hyperparameters_tell_class_version_and_arguments():
@@ -143,13 +146,15 @@ def test_an_argument_changed_after_fit_changes_the_score_at_once(problem):
     train, head, bank = problem
     detector = create("pytorch_ood.KNN", k=5).fit(train, head)
     before = detector.score_samples(bank)
-    for settings, variant in detector.variants({"k": [20, 40]}):
-        assert_allclose(variant.score_samples(bank), scores(problem, "pytorch_ood.KNN", **settings))
-    assert_allclose(detector.score_samples(bank), before)
+    for settings, variant in variants(detector, {"k": [20, 40]}):
+        assert_allclose(
+            variant.score_samples(bank), scores(problem, "pytorch_ood.KNN", **settings), rtol=1e-5
+        )
+    assert_allclose(detector.score_samples(bank), before, rtol=1e-5)
     detector.class_name, detector.arguments = "Mahalanobis", {}
-    assert_allclose(detector.score_samples(bank), scores(problem, "pytorch_ood.Mahalanobis"))
+    assert_allclose(detector.score_samples(bank), scores(problem, "pytorch_ood.Mahalanobis"), rtol=1e-5)
     with pytest.raises(InputError, match="no argument 'k'"):
-        next(detector.variants({"k": [5]}))
+        variants(detector, {"k": [5]})
 
 
 def test_temperature_scaling_can_be_fitted_again_while_scoring(problem):
@@ -157,12 +162,14 @@ def test_temperature_scaling_can_be_fitted_again_while_scoring(problem):
     train, head, bank = problem
     detector = create("pytorch_ood.MaxLogit").fit(train, head)
     detector.class_name = "TemperatureScaling"
-    assert_allclose(detector.score_samples(bank), scores(problem, "pytorch_ood.TemperatureScaling"))
+    assert_allclose(
+        detector.score_samples(bank), scores(problem, "pytorch_ood.TemperatureScaling"), rtol=1e-5
+    )
 
 
 def test_a_given_react_threshold_is_not_replaced_by_the_fit(problem):
     found = scores(problem, "pytorch_ood.ReAct", threshold=0.5)
-    assert_allclose(found, scores(problem, "react", clip=0.5), rtol=1e-6)
+    assert_allclose(found, scores(problem, "react", clip=0.5), rtol=2e-5, atol=2e-5)
     assert (found - scores(problem, "pytorch_ood.ReAct")).abs().max() > 0.1
 
 
@@ -201,7 +208,7 @@ def test_the_random_state_and_the_bank_stay_as_they_were(problem):
 )
 def test_wrong_settings_are_refused_before_any_work(name, arguments, sentence):
     with pytest.raises(InputError) as error:
-        create_all({"row": {"detector": f"pytorch_ood.{name}", **arguments}})
+        rows_of({"row": {"detector": f"pytorch_ood.{name}", **arguments}})
     assert str(error.value).startswith("detectors.row: ") and sentence in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -248,13 +255,15 @@ def test_nan_and_not_fitted_are_named(problem):
 
 def test_openmax_alone_scores_as_in_company(problem):
     """Theirs does not: the distance to a class that nothing in the batch is predicted as counts as 0 there."""
+    from pytorch_ood.detector import OpenMax
+
     train, head, bank = problem
     detector = create("pytorch_ood.OpenMax").fit(train, head)
     first = FeatureBank(bank.features[:1], bank.logits[:1])
-    assert_allclose(detector.score_samples(first), detector.score_samples(bank)[:1], rtol=1e-6)
-    theirs = detector._fitted()
+    assert_allclose(detector.score_samples(first), detector.score_samples(bank)[:1], rtol=1e-5)
+    theirs = OpenMax(None).fit_logits(train.logits, train.labels)
     together, alone = theirs.predict_logits(bank.logits)[:1], theirs.predict_logits(bank.logits[:1])
-    assert_allclose(-together, detector.score_samples(first), rtol=1e-6)
+    assert_allclose(-together, detector.score_samples(first), rtol=1e-5)
     assert (alone - together).abs() > 0.01
 
 
@@ -286,7 +295,7 @@ def test_equal_definitions_give_equal_scores(ours, settings, theirs, arguments, 
 
 
 def test_msp_theirs_ties_confident_samples(problem):
-    """Their float32 softmax is exactly 1 from a margin of about 17 on; ours is float64."""
+    """Their float32 softmax is 1, but for rounding, from a margin of about 17 on; ours is float64."""
     train, head, _ = problem
     logits = torch.zeros(4, CLASSES)
     logits[:, 0] = torch.tensor([20.0, 22, 25, 30])
@@ -294,7 +303,7 @@ def test_msp_theirs_ties_confident_samples(problem):
     ours = create("msp").fit(train, head).score_samples(bank)
     theirs = create("pytorch_ood.MaxSoftmax").fit(train, head).score_samples(bank)
     assert (ours.diff() > 0).all()
-    assert theirs.tolist() == [1, 1, 1, 1]
+    assert_allclose(theirs, 1, rtol=0, atol=2 * torch.finfo(torch.float32).eps)
 
 
 def test_mahalanobis_theirs_is_ours_over_the_number_of_training_images(problem):
@@ -372,7 +381,7 @@ def test_gen_theirs_ties_confident_samples(problem):
     theirs = create("pytorch_ood.GEN").fit(train, head).score_samples(bank)
     p = logits.softmax(1).clamp(1e-7, 1 - 1e-7)
     assert_allclose(theirs, -(p * (1 - p)).pow(0.1).mean(1), rtol=1e-6)
-    assert (theirs == theirs[0]).all()
+    assert theirs.max() - theirs.min() < 1e-5  # the same but for the last digits
     assert (create("gen").fit(train, head).score_samples(bank).diff() > 0.01).all()
 
 
@@ -396,16 +405,15 @@ def test_ash_and_scale_theirs_divide_by_zero_for_a_feature_of_zeros(ours, theirs
     bank = make_bank(torch.zeros(1, DIMENSION), head)
     with pytest.raises(InputError, match="NaN or infinite scores"):
         create(f"pytorch_ood.{theirs}").fit(train, head).score_samples(bank)
-    assert_allclose(
-        create(ours).fit(train, head).score_samples(bank), energy_score(head.bias[None]), rtol=1e-6
-    )
+    found = create(ours).fit(train, head).score_samples(bank)
+    assert_allclose(found, energy_score(head.bias[None].double()), rtol=1e-6)
 
 
 def test_ash_theirs_keeps_nothing_at_percentile_100(problem):
     """Ours keeps at least one entry."""
     _, head, bank = problem
     theirs = scores(problem, "pytorch_ood.ASH", variant="ash-p", percentile=1.0)
-    assert_allclose(theirs, float(energy_score(head.bias[None])), rtol=1e-6)
+    assert_allclose(theirs, float(energy_score(head.bias[None].double())), rtol=1e-5)
     largest = torch.where(bank.features == bank.features.amax(1, keepdim=True), bank.features, 0)
     expected = energy_score(head.logits(largest))
     assert_allclose(scores(problem, "ash", variant="p", percentile=100), expected, rtol=1e-5, atol=1e-6)

@@ -78,14 +78,13 @@ def main() -> None:
     prototype_cosine.launch(features, weight, predicted)
     group_score.launch(features, [(0, 200), (200, 342)])
     head = features, weight, bias
+    shaping = shaped_energy.Shaping
     for precision in ("ieee", "tf32"):
-        shaped_energy.launch(
-            *head, clip=1.0, class_mask=mask, predicted=predicted, scale=factor, precision=precision
-        )
+        shaped_energy.launch(*head, shaping(1.0, mask, predicted, scale=factor), precision)
     wide = torch.rand(samples, 352), torch.rand(classes, 352), bias
-    shaped_energy.launch(*wide, class_mask=wide[1] > 0.5, predicted=predicted, precision="tf32")
-    shaped_energy.launch(*head, largest=largest, gain=factor)
-    shaped_energy.launch(*head, largest=largest, gain=factor, binary=True)
+    shaped_energy.launch(*wide, shaping(None, wide[1] > 0.5, predicted), "tf32")
+    shaped_energy.launch(*head, shaping(largest=largest, gain=factor))
+    shaped_energy.launch(*head, shaping(largest=largest, gain=factor, binary=True))
 
 
 if __name__ == "__main__":

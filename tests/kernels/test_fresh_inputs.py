@@ -62,10 +62,10 @@ def test_shaped_energy(fresh_seed):  # noqa: F811
     factors = {"gain": fresh.normal(fresh.samples), "scale": fresh.normal(fresh.samples)}
     in_double = {name: factor.double() for name, factor in factors.items()}
     head = fresh.weight, fresh.bias
-    expected = shaped_energy.reference(
-        fresh.features.double(), *(t.double() for t in head), **settings, **in_double
-    )
-    assert_same(shaped_energy.launch(strided(fresh.features), *head, **settings, **factors), expected, 5e-5)
+    shaping = shaped_energy.Shaping(**settings, **in_double)
+    expected = shaped_energy.reference(fresh.features.double(), *(t.double() for t in head), shaping)
+    shaping = shaped_energy.Shaping(**settings, **factors)
+    assert_same(shaped_energy.launch(strided(fresh.features), *head, shaping), expected, 5e-5)
 
 
 @needs_triton
@@ -108,7 +108,7 @@ def test_precisions_are_what_they_are_called(kernel, fresh_seed):  # noqa: F811
     def of(function, precision):
         if kernel == "line head":
             return function.launch(features, weight, bias, None, None, None, None, "energy", precision)
-        return function.launch(features, weight, bias, precision=precision)
+        return function.launch(features, weight, bias, shaped_energy.Shaping(), precision)
 
     function = line_head if kernel == "line head" else shaped_energy
     expected = (features.double() @ weight.double().T + bias.double()).logsumexp(dim=1)

@@ -1,17 +1,10 @@
-"""The k-th largest cosine: against all cosines, sorted, in float64; and that a grid of KNN takes it once."""
-
-import json
+"""The k-th largest cosine: against all cosines, sorted, in float64."""
 
 import pytest
 import torch
 from kernel_examples import DEVICE, needs_gpu, random, relu_features
-from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 
-from ood_helpers.detectors import KNN
-from ood_helpers.detectors import knn as knn_module
-from ood_helpers.errors import InputError
-from ood_helpers.features import FeatureBank, Head, StoredBank, shard_path
 from ood_helpers.kernels import selection as selecting
 from ood_helpers.kernels.kth_cosine import kth_cosine
 
@@ -104,94 +97,6 @@ def test_float32_stays_float32(selection):
     assert found.dtype == torch.float32
     expected = by_definition(queries, train, [1, 10])
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
-
-
-# ---- KNN ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """The values of k of each call of kth_cosine."""
-    calls = []
-
-    def counted(queries, train, ks, **sizes):
-        calls.append(list(ks))
-        return kth_cosine(queries, train, ks, **sizes)
-
-    monkeypatch.setattr(knn_module, "kth_cosine", counted)
-    return calls
-
-
-def bank_of(features):
-    return FeatureBank(features, features[:, :2])
-
-
-def stored(features, directory, sizes):
-    directory.mkdir()
-    for index, shard in enumerate(features.split(sizes)):
-        save_file({"features": shard, "logits": shard[:, :2].contiguous()}, shard_path(directory, index))
-    (directory / "bank.json").write_text(json.dumps({"images": len(features), "shards": len(sizes)}))
-    return StoredBank.open(directory)
-
-
-@pytest.fixture
-def knn_problem(tmp_path):
-    """(detector, features, the same on disk in two shards)"""
-    head, features = Head(torch.zeros(2, 8), torch.zeros(2)), random(30, 8).cpu()
-    detector = KNN(k=3).fit(bank_of(random(40, 8, seed=1).cpu()), head)
-    return detector, features, stored(features, tmp_path / "bank", [20, 10])
-
-
-def test_a_grid_over_k_compares_a_bank_on_disk_once(knn_problem, passes):
-    detector, features, on_disk = knn_problem
-    variants = [variant for _, variant in detector.variants({"k": [9, 1, 41, 20]})]
-    for variant in variants:
-        if variant.k == 41:
-            with pytest.raises(
-                InputError, match="k is 41, expected at most the number of training images, 40"
-            ):
-                variant.score_samples(on_disk)
-            continue
-        fresh = KNN(k=variant.k).fit(detector.train_bank_, detector.head_).score_samples(bank_of(features))
-        torch.testing.assert_close(variant.score_samples(on_disk), fresh, rtol=0, atol=1e-12)
-        variant.score_samples(on_disk).zero_()  # what is given away cannot spoil what is kept
-        torch.testing.assert_close(variant.score_samples(on_disk), fresh, rtol=0, atol=1e-12)
-    assert [ks for ks in passes if len(ks) > 1] == [[1, 9, 20]] * 2  # the two shards
-    passes.clear()
-    detector.score_samples(on_disk)
-    assert passes == [[3], [3]] and not detector._cache
-
-
-def test_nothing_of_a_grid_is_stale(knn_problem, passes):
-    detector, features, on_disk = knn_problem
-    first, second = (variant for _, variant in detector.variants({"k": [2, 5]}))
-    before = first.score_samples(on_disk)
-    first.k = 7  # a value outside the grid
-    fresh = KNN(k=7).fit(detector.train_bank_, detector.head_).score_samples(on_disk)
-    assert torch.equal(first.score_samples(on_disk), fresh)
-    first.k = 2
-    assert torch.equal(first.score_samples(on_disk), before)
-    other = bank_of(random(4, 8, seed=2).cpu())
-    expected = KNN(k=2).fit(other, detector.head_).score_samples(on_disk)
-    found = first.fit(other, detector.head_).score_samples(on_disk)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    passes.clear()
-    second.score_samples(on_disk)
-    assert not passes  # another fit of one variant is none of the others
-    in_memory = bank_of(features.clone())
-    before = second.score_samples(in_memory)
-    in_memory.features[:, 0] += 1
-    assert (second.score_samples(in_memory) - before).abs().max() > 0.01
-
-
-def test_variants_made_before_fit_keep_nothing_of_each_other(knn_problem):
-    detector, _, on_disk = knn_problem
-    first, second = (variant for _, variant in KNN().variants({"k": [2, 3]}))
-    with pytest.raises(InputError, match="KNN is not fitted"):
-        first.score_samples(on_disk)
-    first.fit(bank_of(random(5, 8, seed=3).cpu()), detector.head_).score_samples(on_disk)
-    found = second.fit(detector.train_bank_, detector.head_).score_samples(on_disk)
-    torch.testing.assert_close(found, detector.score_samples(on_disk), rtol=0, atol=1e-12)
 
 
 @pytest.mark.gpu

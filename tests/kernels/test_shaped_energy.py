@@ -1,7 +1,10 @@
 """Shaped energy: Triton against the torch reference in float64, and the reference against the formula."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from detector_examples import LargestArray
 from kernel_examples import (
     DEVICE,
     SHAPES,
@@ -16,7 +19,7 @@ from kernel_examples import (
 from ood_helpers.errors import InputError
 from ood_helpers.kernels import largest_entries
 from ood_helpers.kernels import shaped_energy as kernel
-from ood_helpers.kernels.shaped_energy import shaped_energy, shaped_features
+from ood_helpers.kernels.shaped_energy import Shaping, shaped_energy, shaped_features
 
 SHAPINGS = {
     "none": (),
@@ -47,7 +50,7 @@ def problem(samples, classes, feature_dim, shaping="all"):
         named["predicted"] = predicted
     if "largest" in SHAPINGS[shaping]:
         first = {name: named[name] for name in ("clip", "class_mask", "predicted") if name in named}
-        g = shaped_features(features, **first)
+        g = shaped_features(features, Shaping(**first))
         named["largest"] = largest_entries.reference(g, max(1, feature_dim // 2))
     return (features, weight, bias), named
 
@@ -95,30 +98,24 @@ def sample_by_sample(
 def test_the_reference_is_the_formula(shape, shaping):
     arguments, named = in_double(*problem(*shape, shaping))
     expected = sample_by_sample(*arguments, **named)
-    torch.testing.assert_close(shaped_energy(*arguments, **named), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(shaped_energy(*arguments, Shaping(**named)), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shaping", SHAPINGS)
 def test_chunks_change_nothing(monkeypatch, shaping):
     arguments, named = in_double(*problem(70, 7, 33, shaping))
-    whole = shaped_energy(*arguments, **named)
+    whole = shaped_energy(*arguments, Shaping(**named))
     monkeypatch.setattr(kernel, "CHUNK", 3)
-    torch.testing.assert_close(shaped_energy(*arguments, **named), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(shaped_energy(*arguments, Shaping(**named)), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_no_samples_times_classes_in_the_reference(monkeypatch):
     """Of 64 samples no more than a chunk of 8 goes to the head at once."""
     arguments, named = in_double(*problem(64, 7, 33))
     monkeypatch.setattr(kernel, "CHUNK", 8)
-    rows, shaped = [], kernel.shaped_features
-
-    def spy(features, **settings):
-        rows.append(len(features))
-        return shaped(features, **settings)
-
-    monkeypatch.setattr(kernel, "shaped_features", spy)
-    shaped_energy(*arguments, **named)
-    assert rows == [8] * 8
+    with LargestArray() as largest:
+        shaped_energy(*arguments, Shaping(**named))
+    assert largest.elements == 8 * 33 < 64 * 7
 
 
 @needs_triton
@@ -127,7 +124,9 @@ def test_no_samples_times_classes_in_the_reference(monkeypatch):
 def test_triton_against_the_reference(shape, shaping):
     arguments, named = problem(*shape, shaping)
     double, named_double = in_double(arguments, named)
-    assert_same(kernel.launch(*arguments, **named), kernel.reference(*double, **named_double))
+    assert_same(
+        kernel.launch(*arguments, Shaping(**named)), kernel.reference(*double, Shaping(**named_double))
+    )
 
 
 @needs_triton
@@ -135,7 +134,9 @@ def test_several_blocks_of_everything():
     """Blocks of 128 samples and of 128 classes, each with a rest."""
     arguments, named = problem(130, 140, 35)
     double, named_double = in_double(arguments, named)
-    assert_same(kernel.launch(*arguments, **named), kernel.reference(*double, **named_double))
+    assert_same(
+        kernel.launch(*arguments, Shaping(**named)), kernel.reference(*double, Shaping(**named_double))
+    )
 
 
 @needs_triton
@@ -146,8 +147,8 @@ def test_strides():
     for name in ("predicted", "gain", "scale"):
         named[name] = named[name].repeat_interleave(2)[::2]
     bias = bias.repeat_interleave(2)[::2]
-    found = kernel.launch(strided(features), strided(weight), bias, **named)
-    assert_same(found, kernel.reference(*double, **named_double))
+    found = kernel.launch(strided(features), strided(weight), bias, Shaping(**named))
+    assert_same(found, kernel.reference(*double, Shaping(**named_double)))
 
 
 @needs_triton
@@ -156,14 +157,14 @@ def test_thresholds_below_zero_drop_zeros():
     features = -relu_features(20, 33) - 1
     weight, bias = random(7, 33) / 4, random(7, seed=2)
     mask, predicted = random(7, 33, seed=4) > 1, torch.arange(20, device=DEVICE) % 7
-    g = shaped_features(features, class_mask=mask, predicted=predicted)
+    g = shaped_features(features, Shaping(class_mask=mask, predicted=predicted))
     largest = largest_entries.launch(g, 31)
     assert (largest.threshold < 0).any()
     named = {"class_mask": mask, "predicted": predicted, "largest": largest, "binary": True}
-    kept = shaped_features(features, **named)
+    kept = shaped_features(features, Shaping(**named))
     assert kept.sum(dim=1).eq(31).all()
     expected = (kept.double() @ weight.double().T + bias.double()).logsumexp(dim=1)
-    assert_same(kernel.launch(features, weight, bias, **named), expected)
+    assert_same(kernel.launch(features, weight, bias, Shaping(**named)), expected)
 
 
 @needs_triton
@@ -176,7 +177,7 @@ def test_no_sample(shaping):
     if "largest" in named:
         named["largest"] = largest_entries.reference(features[:0], 5)
     for function in (kernel.launch, kernel.reference, shaped_energy):
-        assert function(features[:0], weight, bias, **named).shape == (0,)
+        assert function(features[:0], weight, bias, Shaping(**named)).shape == (0,)
 
 
 @needs_triton
@@ -187,7 +188,7 @@ def test_nan_comes_through(shaping, place):
     (features, weight, bias), named = problem(9, 7, 33, shaping)
     features[4, place] = float("nan")
     for function in (kernel.launch, kernel.reference):
-        found = function(features, weight, bias, **named)
+        found = function(features, weight, bias, Shaping(**named))
         assert found.isnan().tolist() == [False] * 4 + [True] + [False] * 4
 
 
@@ -195,19 +196,20 @@ def test_shaped_features():
     features = torch.tensor([[3.0, 1, 2, 5], [4, 4, 4, 0]], dtype=torch.float64)
     mask = torch.tensor([[True] * 4, [False, True, True, True]])
     predicted = torch.tensor([1, 0])
-    assert shaped_features(features).equal(features)
-    clipped = shaped_features(features, clip=3.0, class_mask=mask, predicted=predicted)
+    assert shaped_features(features, Shaping()).equal(features)
+    clipped = shaped_features(features, Shaping(3.0, mask, predicted))
     assert clipped.tolist() == [[0, 1, 2, 3], [3, 3, 3, 0]]
     largest = largest_entries.reference(clipped, 2)
-    shaping = {"clip": 3.0, "class_mask": mask, "predicted": predicted, "largest": largest}
-    assert shaped_features(features, **shaping).tolist() == [[0, 0, 2, 3], [3, 3, 0, 0]]
-    assert shaped_features(features, **shaping, binary=True).tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
+    shaping = Shaping(3.0, mask, predicted, largest)
+    assert shaped_features(features, shaping).tolist() == [[0, 0, 2, 3], [3, 3, 0, 0]]
+    binary = replace(shaping, binary=True)
+    assert shaped_features(features, binary).tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
 
 
 def test_unknown_precision():
     arguments, named = problem(3, 2, 4)
     with pytest.raises(InputError, match="precision is 'tf23'; did you mean 'tf32'"):
-        shaped_energy(*arguments, **named, precision="tf23")
+        shaped_energy(*arguments, Shaping(**named), precision="tf23")
 
 
 @pytest.mark.gpu
@@ -218,9 +220,9 @@ def test_compiled_at_imagenet_size(shaping, precision):
     """The public function takes the kernel; beside input and output there are the head and 8 numbers a sample."""
     arguments, named = problem(20000, 1000, 2048, shaping)
     double, named_double = in_double(arguments, named)
-    expected = kernel.reference(*double, **named_double)
+    expected = kernel.reference(*double, Shaping(**named_double))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    found = shaped_energy(*arguments, **named, precision=precision)
+    found = shaped_energy(*arguments, Shaping(**named), precision=precision)
     assert torch.cuda.max_memory_allocated() - before < 20e6  # logits would take 80 MB
     assert_same(found, expected, 5e-4 if precision == "ieee" else 5e-2)

@@ -21,28 +21,29 @@ TUNED = {
 def few_steps(groups, exposed=True):
     """The networks of the configs with as few steps as show that they run; `exposed`: those trained with outliers, too."""
     head = {"schedule": [5, 10, 15, 20, 25], "learning_rate": 0.1}
-    unleashed = {"method": "unleashing_mask", "estimate": {"draws": 1}, "epochs": 2, "steps_per_epoch": 2}
-    unleashed |= {"batch_size": 16, "learning_rate": 0.005}
+    unleashed = {"method": "unleashing_mask", "id_loss": {"constraint": {"draws": 1}}, "epochs": 2}
+    unleashed |= {"steps_per_epoch": 2, "batch_size": 16, "learning_rate": 0.005}
     networks = {
         "group": {"groups": {"strategy": "taxonomy", "file": groups}, **head},
         "flat": head,
         "dfb": {
+            "method": "dense",
             "schedule": [1, 2, 3, 4, 5],
             "batch_size": 32,
             "learning_rate": 0.03,
             "masks": {"scales": [1.0]},
         },
         "um": unleashed,
-        "umap": {**unleashed, "keep_rate": 0.9, "initial_scores": "magnitude"},
+        "umap": {**unleashed, "masks": {"keep_rate": 0.9, "initial_scores": "magnitude"}},
     }
     if not exposed:
         return [f"networks={json.dumps(networks)}", "outliers=null"]
     short = {"method": "outlier_exposure", "epochs": 2, "steps_per_epoch": 1, "batch_size": 16}
     networks |= {
         "oe": short,
-        "poem": {**short, "objective": "energy", "sample": "poem", "pool_size": 100},
-        "doe": {**short, "objective": "doe", "doe": {"unperturbed_epochs": 1}},
-        "ntom": {**short, "objective": "ntom", "sample": "ntom", "pool_size": 100},
+        "poem": {**short, "objective": "energy", "sample": {"kind": "poem", "pool_size": 100}},
+        "doe": {**short, "objective": {"kind": "doe", "unperturbed_epochs": 1}},
+        "ntom": {**short, "objective": "ntom", "sample": {"kind": "ntom", "pool_size": 100}},
     }
     return [f"networks={json.dumps(networks)}"]
 
@@ -62,21 +63,19 @@ def run_all(folder, *arguments):
     return finished.returncode, finished.stdout + finished.stderr
 
 
-def check_outputs(folder, name, sets, related, ablated=(), left_out=frozenset()):
-    """What every complete run leaves; `related` sets resemble those tuned on, `ablated` are the figures of ablations,
-    notebooks `left_out` have nothing to show. Returns the results of the defaults."""
+def check_outputs(folder, name, sets, related, labels=LABELS, ablated=(), left_out=frozenset()):
+    """What every complete run leaves; `related` sets resemble those tuned on, `labels` are those of the rows, `ablated`
+    the figures of ablations, notebooks `left_out` have nothing to show. Returns the results of the defaults."""
     results = pd.read_csv(folder / "runs" / name / "results.csv")
     assert list(results.columns) == COLUMNS
-    assert set(results.method) == set(LABELS) | {f"{label} (tuned)" for label in TUNED}
+    assert set(results.method) == set(labels) | {f"{label} (tuned)" for label in TUNED & set(labels)}
     tuned = results.method.str.endswith("(tuned)")
     by_method = results.groupby("method").ood_set
     for method, found in by_method.apply(set).items():
         assert found == (sets - related if method.endswith("(tuned)") else sets), method
     assert results[tuned].tuned_on.notna().all()
-    assert results[~tuned & results.tuned_on.notna()].method.unique().tolist() == [
-        "Mahalanobis (ensemble)",
-        "Mahalanobis (ensemble, flat)",
-    ]
+    tune_themselves = {"Mahalanobis (ensemble)", "Mahalanobis (ensemble, flat)"}
+    assert set(results[~tuned & results.tuned_on.notna()].method) == tune_themselves & set(labels)
     results = results[~tuned]
     manifest = json.loads((folder / "runs" / name / "manifest.json").read_text())
     assert set(manifest["notebooks"]) == set(notebook_names()) - left_out
@@ -108,5 +107,5 @@ def check_outputs(folder, name, sets, related, ablated=(), left_out=frozenset())
     for link in re.findall(r'href="(notebooks/[^"]+)"', report):
         assert (folder / "runs" / name / link).exists()
     assert report.count("data:image/png;base64,") == sum(figure.endswith(".png") for figure in figures)
-    assert all(label in report for label in LABELS)
+    assert all(label in report for label in labels)
     return results

@@ -1,7 +1,6 @@
 """Small images with labels that can be learned."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from ood_helpers.data import Transform
@@ -26,25 +25,3 @@ class Pictures:
 
     def image(self, i: int) -> Image.Image:
         return Image.fromarray(self.pixels[i])
-
-
-def assert_interrupted_ends_in_the_same_bytes(run, module, evaluation, folder, monkeypatch):
-    """A training `run(directory)` that is stopped in its third call of module.<evaluation> and begun again ends in the
-    bytes of an uninterrupted one."""
-    whole = run(folder / "whole")
-    evaluate_as_before, calls = getattr(module, evaluation), []
-
-    def stop_at_third(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return evaluate_as_before(*arguments)
-
-    monkeypatch.setattr(module, evaluation, stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        run(folder / "parts")
-    parts = run(folder / "parts")
-    assert len(calls) == 3 + 8  # two evaluations were kept
-    assert parts.equals(whole)
-    content = [(folder / name / "weights.safetensors").read_bytes() for name in ("whole", "parts")]
-    assert content[0] == content[1]

@@ -1,4 +1,4 @@
-"""Training a classifier: learning, resuming, augmentation, and both ways to get at images."""
+"""Training a classifier: learning, resuming, and both ways to get at images."""
 
 import numpy as np
 import pytest
@@ -7,17 +7,10 @@ from pictures import TRANSFORM, Pictures
 from PIL import Image
 
 from ood_helpers.backbones import DenseNet, load_checkpoint, weights_fingerprint
-from ood_helpers.config import TrainingConfig
-from ood_helpers.data import Transform
+from ood_helpers.config.backbones import TrainingConfig
 from ood_helpers.errors import InputError
-from ood_helpers.training import (
-    augment,
-    augmented_batches,
-    evaluate,
-    load_images,
-    steps_per_epoch,
-    train_classifier,
-)
+from ood_helpers.training.batches import evaluate
+from ood_helpers.training.classifier import train_classifier
 
 
 def make_network() -> DenseNet:
@@ -79,7 +72,7 @@ def test_resumes_bit_for_bit(tmp_path, monkeypatch, decoded, schedule):
         return {"loss": 0.0, "accuracy": 0.0}
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("ood_helpers.training.classifier.evaluate", kill)
+        patch.setattr("ood_helpers.training.batches.evaluate", kill)
         run(tmp_path / "parts", train=train, validation=validation, schedule=schedule)
     network = make_network()
     run(tmp_path / "parts", network, train=train, validation=validation, schedule=schedule)
@@ -99,88 +92,11 @@ def test_decoded_images_and_arrays_train_alike(tmp_path):
     assert array.read_bytes() == decoded.read_bytes()
 
 
-def test_transform_that_changes_the_size(tmp_path):
-    pictures = Pictures(6, 0)
-    transform = Transform(resize=(12, 10), mean=TRANSFORM.mean, std=TRANSFORM.std)
-    images = load_images(pictures, transform, torch.tensor([4, 1]))
-    assert images.shape == (2, 12, 10, 3)
-    assert np.array_equal(images[0].numpy(), transform.geometry(pictures.image(4)))
-    same = load_images(pictures, TRANSFORM, torch.tensor([4, 1]))
-    assert np.array_equal(same.numpy(), pictures.pixels[[4, 1]])
-
-
 def test_images_of_several_sizes(tmp_path):
     pictures = Pictures(4, 0, decoded=True)
     pictures.image = lambda i: Image.new("RGB", (8 + i, 8))
     with pytest.raises(InputError, match="pictures have several sizes after the transform"):
         run(tmp_path, train=pictures)
-
-
-def reference_crops(image: np.ndarray, padding: int, flip: bool) -> list[bytes]:
-    height, width, _ = image.shape
-    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-    crops = [
-        padded[top : top + height, left : left + width]
-        for top in range(2 * padding + 1)
-        for left in range(2 * padding + 1)
-    ]
-    return [c.tobytes() for crop in crops for c in ([crop, crop[:, ::-1]] if flip else [crop])]
-
-
-@pytest.mark.parametrize("padding", [0, 1, 2])
-@pytest.mark.parametrize("flip", [False, True])
-def test_augmentation_gives_every_crop_and_flip_and_nothing_else(padding, flip):
-    image = np.random.default_rng(0).integers(1, 255, (5, 4, 3), dtype=np.uint8)
-    images = torch.from_numpy(image).expand(2000, -1, -1, -1)
-    augmented = augment(images, padding, flip, torch.Generator().manual_seed(0))
-    assert augmented.shape == images.shape
-    assert augmented.dtype == torch.uint8
-    expected = reference_crops(image, padding, flip)
-    found = [a.tobytes() for a in augmented.numpy()]
-    counts = [found.count(crop) for crop in expected]
-    assert sum(counts) == 2000
-    assert min(counts) > 0.5 * 2000 / len(expected)
-
-
-def test_each_image_is_augmented_by_its_own_draw():
-    pixels = torch.randint(1, 255, (64, 6, 6, 3), dtype=torch.uint8)
-    augmented = augment(pixels, 2, True, torch.Generator().manual_seed(1))
-    for before, after in zip(pixels.numpy(), augmented.numpy()):
-        assert after.tobytes() in reference_crops(before, 2, True)
-
-
-def test_batches_of_an_epoch():
-    pictures = Pictures(33, 0)
-    config = TrainingConfig(epochs=1, batch_size=16)
-
-    def epoch(seed):
-        return list(
-            augmented_batches(pictures, TRANSFORM, config, torch.Generator().manual_seed(seed), "cpu")
-        )
-
-    first, again, other = epoch(0), epoch(0), epoch(1)
-    assert [len(labels) for _, labels in first] == [16, 16]  # the 33rd would be alone
-    assert all(torch.equal(a, b) for pair, same in zip(first, again) for a, b in zip(pair, same))
-    assert not torch.equal(first[0][0], other[0][0])
-    images, labels = (torch.cat(parts) for parts in zip(*first))
-    assert first[0][0].is_contiguous(memory_format=torch.channels_last)
-    pixels = TRANSFORM.denormalise(images).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    rows = [next(i for i, p in enumerate(pictures.pixels) if np.array_equal(p, pixel)) for pixel in pixels]
-    assert len(set(rows)) == 32
-    assert labels.tolist() == pictures.labels[rows].tolist()
-
-
-@pytest.mark.parametrize(
-    ("images", "batch_size", "steps"), [(32, 16, 2), (33, 16, 2), (34, 16, 3), (5, 16, 1)]
-)
-def test_steps_per_epoch(images, batch_size, steps):
-    assert steps_per_epoch(images, batch_size) == steps
-
-
-@pytest.mark.parametrize(("images", "batch_size"), [(1, 16), (0, 16), (50, 1)])
-def test_too_few_images_a_batch(images, batch_size):
-    with pytest.raises(InputError, match="expected at least 2"):
-        steps_per_epoch(images, batch_size)
 
 
 def test_labels_are_checked(tmp_path):

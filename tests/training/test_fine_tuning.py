@@ -1,122 +1,47 @@
-"""Fine-tuning with a flat or a group softmax: the sheet's vectors, exact cached features, depth, batches in parts, resuming."""
-
-import copy
+"""What fine-tuning with the recipe of BiT shares: schedule, mixup, heads, frozen blocks, the crop of training images."""
 
 import numpy as np
 import pytest
 import torch
-from pictures import TRANSFORM, Pictures, assert_interrupted_ends_in_the_same_bytes
+from pictures import TRANSFORM
 from torch import nn
 
 from ood_helpers.backbones import DenseNet
-from ood_helpers.config import FineTuningConfig
 from ood_helpers.data import Transform
 from ood_helpers.errors import InputError
-from ood_helpers.features import FeatureBank
-from ood_helpers.groups import Groups
-from ood_helpers.training import (
-    approximation,
-    exact_on_features,
-    fine_tune,
-    softmax_losses,
-    train_head,
+from ood_helpers.training.fine_tuning import (
+    freeze_but,
+    learning_rate_at,
+    mixup,
+    reorder,
+    training_geometry,
     zero_head,
 )
-from ood_helpers.training import fine_tuning as module
-
-GROUPS = Groups(("first", "second"), ((0, 2), (1,)))
-SHORT = (2, 4, 6, 8, 10)
+from ood_helpers.training.recipes import FineTuningRecipe
 
 
-def config(**settings) -> FineTuningConfig:
-    """On images, in ten steps of 16 images."""
-    settings = {"inputs": "images", "schedule": SHORT, "batch_size": 16, "learning_rate": 0.05} | settings
-    return FineTuningConfig(**settings)
-
-
-def make_network(groups: Groups | None = GROUPS) -> DenseNet:
-    torch.manual_seed(0)
-    network = DenseNet(3, depth=10, growth_rate=4)
-    for norm in network.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean, std=0.1)
-    network.head = zero_head(network.feature_dim, 3, groups)
-    return network
-
-
-def run(directory, network=None, train=None, validation=None, transform=TRANSFORM, groups=GROUPS, **settings):
-    network = make_network(groups) if network is None else network
-    train = Pictures(50, 0) if train is None else train
-    return fine_tune(
-        network,
-        train,
-        validation,
-        transform,
-        config(**settings),
-        groups,
-        seed=1,
-        device="cpu",
-        directory=directory,
-    )
-
-
-# ---- the sheet's vectors -----------------------------------------------------------------------------------
-
-
-def test_loss_and_gradient_of_the_sheet():
-    """H2."""
-    groups = Groups(("a", "b"), ((0, 1, 2), (3, 4)))
-    logits = torch.tensor(
-        [[-2, 4, 1, 0, 3, -1, 0], [3, 0.5, 0, -0.5, 2, 0, -1], [2, 0, 0, 0, -1, 0.5, 3]],
-        dtype=torch.float64,
-        requires_grad=True,
-    )
-    labels = torch.tensor([0, 2, 4])
-    assert groups.targets(labels).tolist() == [[1, 0], [3, 0], [0, 2]]
-    losses = softmax_losses(logits, labels, groups)
-    expected = [0.068202 + 0.065884, 3.650202 + 0.169846, 0.340753 + 0.095674]
-    assert losses.tolist() == pytest.approx(expected, abs=2e-6)
-    assert float(losses.detach().mean()) == pytest.approx(1.463520, abs=1e-6)
-    (gradient,) = torch.autograd.grad(losses[0], logits)
-    expected = [0.002315, -0.065928, 0.046505, 0.017108, -0.063760, 0.017148, 0.046613]
-    assert gradient[0].tolist() == pytest.approx(expected, abs=1e-6)
-    partners = softmax_losses(logits, labels[[2, 0, 1]], groups)
-    mixed = 0.3 * losses + 0.7 * partners
-    assert float(mixed.detach().mean()) == pytest.approx(4.730187, abs=1e-6)
-
-
-def test_loss_of_a_head_of_zeros():
-    """H3."""
-    sizes, ends = (398, 521, 9, 7, 52, 8, 3, 2), np.cumsum((398, 521, 9, 7, 52, 8, 3, 2))
-    groups = Groups(
-        tuple(map(str, range(8))), tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends))
-    )
-    features, labels = torch.rand(4, 6), torch.tensor([0, 500, 998, 999])
-    losses = softmax_losses(zero_head(6, 1000, groups)(features), labels, groups)
-    assert losses.tolist() == pytest.approx([25.281079] * 4, abs=1e-5)
-    losses = softmax_losses(zero_head(6, 1000, None)(features), labels)
-    assert losses.tolist() == pytest.approx([6.907755] * 4, abs=1e-5)
+def recipe(images: dict | None = None, **settings) -> FineTuningRecipe:
+    return FineTuningRecipe(method="any", images=images, **settings)
 
 
 def test_learning_rates_of_the_sheet():
     """H4."""
-    schedule = module.default_schedule(1_281_167)
+    schedule = recipe().steps(1_281_167)
     rates = {0: 0, 1: 6e-6, 250: 0.0015, 499: 0.002994, 500: 3e-3, 6000: 3e-3, 6001: 3e-4, 12000: 3e-4}
     rates |= {12001: 3e-5, 18000: 3e-5, 18001: 3e-6, 19999: 3e-6}
     for step, rate in rates.items():
-        assert module.learning_rate_at(step, 0.003, schedule) == pytest.approx(rate, rel=1e-12)
+        assert learning_rate_at(step, 0.003, schedule) == pytest.approx(rate, rel=1e-12)
     assert schedule[-1] == 20000
-    assert (
-        module.default_schedule(499_999) == module.default_schedule(20_000) == (500, 3000, 6000, 9000, 10000)
-    )
-    assert module.default_schedule(19_999) == (100, 200, 300, 400, 500)
+    assert recipe().steps(499_999) == recipe().steps(20_000) == (500, 3000, 6000, 9000, 10000)
+    assert recipe().steps(19_999) == (100, 200, 300, 400, 500)
+    assert recipe(schedule=(1, 2, 3, 4, 5)).steps(1_281_167) == (1, 2, 3, 4, 5)
 
 
 def test_mixup_is_that_of_the_recipe():
     images = torch.arange(8.0)[:, None].expand(8, 3)
     generator, shares = torch.Generator().manual_seed(0), []
     for _ in range(2000):
-        mixed, labels, partners, share = module.mixup(images, torch.arange(8), 0.1, generator)
+        mixed, labels, partners, share = mixup(images, torch.arange(8), 0.1, generator)
         assert len(share.unique()) == 1
         torch.testing.assert_close(mixed[:, 0], share * labels + (1 - share) * partners)
         assert sorted(partners.tolist()) == list(range(8))
@@ -126,134 +51,57 @@ def test_mixup_is_that_of_the_recipe():
     assert np.mean(shares) == pytest.approx(0.5, abs=0.04)
 
 
-def test_when_mixup_is_on_and_when_an_approximation_is_named():
-    assert module.mixup_alpha(FineTuningConfig(), 20_000) == 0.1
-    assert module.mixup_alpha(FineTuningConfig(), 19_999) == 0
-    assert module.mixup_alpha(FineTuningConfig(mixup=0.3), 5) == 0.3
-    assert approximation(FineTuningConfig(), 19_999) == ""
-    assert "mixup" in approximation(FineTuningConfig(), 20_000)
-    assert approximation(FineTuningConfig(mixup=0), 20_000) == ""
-    assert approximation(FineTuningConfig(inputs="images"), 20_000) == ""
-    assert exact_on_features(FineTuningConfig(inputs="images"), 19_999)
-    for change in ({"depth": 1}, {"flip": True}, {"crop_padding": 1}, {"resize": (9, 9)}, {"mixup": 0.1}):
-        assert not exact_on_features(FineTuningConfig(inputs="images", **change), 19_999)
+def test_when_mixup_is_on_and_when_features_do_as_well_as_images():
+    assert recipe().mixup_alpha(20_000) == 0.1
+    assert recipe().mixup_alpha(19_999) == 0
+    assert recipe(mixup=0.3).mixup_alpha(5) == 0.3
+    assert recipe().exact_on_features(19_999)
+    assert not recipe().exact_on_features(20_000)
+    assert recipe(mixup=0).exact_on_features(20_000)
+    assert recipe({}).exact_on_features(19_999)
+    assert recipe({"micro_batch_size": 2}).exact_on_features(19_999)
+    for change in ({"depth": 1}, {"depth": -1}, {"flip": True}, {"crop_padding": 1}, {"resize": (9, 9)}):
+        assert not recipe(change).exact_on_features(19_999)
+    assert not recipe({}, mixup=0.1).exact_on_features(19_999)
 
 
-# ---- training ----------------------------------------------------------------------------------------------
+def test_a_head_of_zeros_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    head = zero_head(6, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert head.weight.shape == (4, 6) and not head.weight.any() and not head.bias.any()
 
 
-def bank_of(network, pictures) -> FeatureBank:
-    inputs = TRANSFORM.normalise(torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2))
-    with torch.inference_mode():
-        features = network.eval().features(inputs)
-    return FeatureBank(features.clone(), torch.zeros(len(features), 3), torch.from_numpy(pictures.labels))
+def test_outputs_of_a_head_are_moved_to_their_columns():
+    head = nn.Linear(2, 4)
+    weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
+    columns = torch.tensor([2, 0, 3, 1])
+    reorder(head, columns)
+    for output, column in enumerate(columns):
+        assert torch.equal(head.weight[column], weight[output])
+        assert torch.equal(head.bias[column], bias[output])
 
 
-@pytest.mark.parametrize("groups", [None, GROUPS])
-def test_head_on_features_is_the_head_on_images(tmp_path, groups):
-    network, pictures, held_out = make_network(groups), Pictures(50, 0), Pictures(20, 1)
-    head = copy.deepcopy(network.head)
-    banks = [lambda: bank_of(network, pictures), lambda: bank_of(network, held_out)]
-    on_images = run(tmp_path / "images", network, pictures, held_out, groups=groups)
-    on_features = train_head(
-        head,
-        *banks,
-        len(pictures),
-        config(inputs="features"),
-        groups,
-        seed=1,
-        device="cpu",
-        directory=tmp_path / "features",
-    )
-    torch.testing.assert_close(head.weight, network.head.weight, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(head.bias, network.head.bias, rtol=1e-4, atol=1e-5)
-    for column in ("train_loss", "validation_loss", "validation_accuracy"):
-        assert on_features[column].tolist() == pytest.approx(on_images[column].tolist(), rel=1e-3)
-    assert on_features["train_loss"].iloc[-1] < on_features["train_loss"].iloc[0]
-    assert on_features["step"].tolist() == list(range(1, 11))
+@pytest.mark.parametrize(
+    ("depth", "opened"), [(0, {"head"}), (1, {"head", "block3", "bn1", "trans2"}), (-1, None)]
+)
+def test_depth_decides_what_is_frozen(depth, opened):
+    network = DenseNet(3, depth=10, growth_rate=4)
+    freeze_but(network, depth)
+    for name, parameter in network.named_parameters():
+        assert parameter.requires_grad == (opened is None or name.split(".")[0] in opened), name
 
 
-def test_step_is_that_of_plain_gradient_descent(tmp_path):
-    """Two steps by hand, without momentum: the second batch is the rest of the images."""
-    network, pictures = make_network(), Pictures(10, 0)
-    bank, head = bank_of(network, pictures), zero_head(network.feature_dim, 3, GROUPS)
-    recipe = config(inputs="features", batch_size=6, momentum=0.0, schedule=(1, 2, 3, 4, 5))
-    train_head(head, lambda: bank, None, 10, recipe, GROUPS, seed=7, device="cpu", directory=tmp_path)
-    plain = zero_head(network.feature_dim, 3, GROUPS)
-    for step in range(5):
-        order = np.random.default_rng((7, step // 2)).permutation(10)
-        rows = order[:6] if step % 2 == 0 else order[6:]
-        logits, targets = plain(bank.features[rows]), GROUPS.targets(bank.labels[rows])
-        loss = sum(
-            nn.functional.cross_entropy(logits[:, start:end], targets[:, k])
-            for k, (start, end) in enumerate(GROUPS.slices)
-        )
-        plain.zero_grad()
-        loss.backward()
-        rate = 0.0 if step == 0 else 0.05 * 0.1 ** max(0, step - 2)
-        with torch.no_grad():
-            for parameter in plain.parameters():
-                parameter -= rate * parameter.grad
-    torch.testing.assert_close(head.weight, plain.weight, rtol=1e-5, atol=1e-6)
-
-
-def test_a_finished_head_asks_for_no_bank(tmp_path):
-    network, recipe = make_network(), config(inputs="features")
-    bank, options = bank_of(network, Pictures(20, 0)), {"seed": 1, "device": "cpu", "directory": tmp_path}
-    train_head(network.head, lambda: bank, lambda: bank, 20, recipe, GROUPS, **options)
-    again = zero_head(network.feature_dim, 3, GROUPS)
-    fail = lambda: pytest.fail("a bank was read")  # noqa: E731
-    train_head(again, fail, fail, 20, recipe, GROUPS, **options)
-    assert torch.equal(again.weight, network.head.weight) and again.weight.abs().max() > 0
-
-
-@pytest.mark.parametrize(("depth", "opened"), [(0, ()), (1, ("block3", "bn1", "trans2")), (-1, None)])
-def test_depth_decides_what_moves(tmp_path, depth, opened):
-    network = make_network()
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    run(tmp_path, network, depth=depth)
-    for name, tensor in network.state_dict().items():
-        statistics = "running" in name or "num_batches" in name
-        moves = not statistics and (opened is None or name.startswith(("head", *opened)))
-        assert torch.equal(tensor, before[name]) != moves, name
-
-
-def test_batches_in_parts_end_in_the_same_weights(tmp_path):
-    pictures, networks = Pictures(50, 0), [make_network(), make_network()]
-    for name, network, size in zip("ab", networks, [None, 5]):
-        run(tmp_path / name, network, pictures, depth=1, micro_batch_size=size)
-    assert not torch.equal(networks[0].head.weight, torch.zeros_like(networks[0].head.weight))
-    for ours, theirs in zip(*(network.parameters() for network in networks)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
-
-
-def test_interrupted_training_ends_in_the_same_bytes(tmp_path, monkeypatch):
-    settings = {"mixup": 0.5, "depth": 1, "flip": True, "crop_padding": 1, "validation": Pictures(9, 1)}
-    assert_interrupted_ends_in_the_same_bytes(
-        lambda folder: run(folder, **settings), module, "evaluate", tmp_path, monkeypatch
-    )
-
-
-def test_training_images_are_cropped_from_larger_ones(tmp_path, monkeypatch):
-    shapes = set()
-    network = make_network()
-    network.register_forward_hook(lambda module, inputs, output: shapes.add(tuple(inputs[0].shape[2:])))
-    transform = Transform(**dict(TRANSFORM) | {"resize": (8, 8)})
-    run(tmp_path, network, Pictures(20, 0, decoded=True), transform=transform, resize=[10, 12])
-    assert shapes == {(8, 8)}
-    with pytest.raises(InputError, match=r"resized to \[7, 12\], expected at least .* \[8, 8\]"):
-        run(tmp_path / "small", transform=transform, resize=[7, 12])
+def test_training_images_are_cropped_from_larger_ones():
+    transform = Transform(**dict(TRANSFORM) | {"resize": (8, 9)})
+    assert training_geometry(transform, recipe()) == (transform, None)
+    assert training_geometry(transform, recipe({"flip": True})) == (transform, None)
+    geometry, size = training_geometry(transform, recipe({"resize": (10, 12)}))
+    assert size == (8, 9) and tuple(geometry.resize) == (10, 12)
+    square = transform.model_copy(update={"crop": 6})
+    geometry, size = training_geometry(square, recipe({"resize": (10, 12)}))
+    assert size == (6, 6) and geometry.crop is None
+    with pytest.raises(InputError, match=r"resized to \[7, 12\], expected at least .* \[8, 9\]"):
+        training_geometry(transform, recipe({"resize": (7, 12)}))
     with pytest.raises(InputError, match="a transform that does not fix the size"):
-        run(tmp_path / "free", resize=[10, 12])
-
-
-def test_depth_beyond_the_backbone_is_refused(tmp_path):
-    with pytest.raises(InputError, match="depth 4, expected 0 to 3, the number of blocks"):
-        run(tmp_path, depth=4)
-
-
-def test_labels_beyond_the_groups_are_refused(tmp_path):
-    pictures = Pictures(20, 0)
-    pictures.labels = pictures.labels + 1
-    with pytest.raises(InputError, match="labels 1 to 3, expected 0 to 2"):
-        run(tmp_path, train=pictures)
+        training_geometry(TRANSFORM, recipe({"resize": (10, 12)}))

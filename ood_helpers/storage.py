@@ -1,0 +1,302 @@
+"""The one store for everything that is computed once and kept: banks, activation maps, scores, intervals, trainings.
+
+An entry is a folder <root>/<kind>/<digits>. The digits are those of a SHA-256 over its key: the inputs and settings that
+its content depends on, and the code of the stage that computes it. The code is the syntax tree of the modules that the
+stage names and of those of this package that they import, without what is written for readers (docstrings, comments, error
+messages): a changed formula never serves a stale number, a corrected typo recomputes nothing. key.json in the folder says what the key holds.
+
+Files are written atomically. One process at a time works on an entry; others wait and find it done. A damaged file is
+computed again, with a notice.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import FunctionType, MappingProxyType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ood_helpers.files import atomic_path, locked, sha256_of_json, write_json, write_text
+
+PACKAGE = "ood_helpers"
+ROOT = Path(__file__).resolve().parent
+DIGITS = 20  # hexadecimal digits of a key in a folder's name
+# What these do cannot change a number: settings are in the key themselves.
+WITHOUT_NUMBERS = ("config", "errors", "files", "progress", "registry", "storage")
+
+Arrays = dict[str, np.ndarray]
+Facts = dict[str, Any]
+
+
+class Store:
+    """All entries below a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def entry(self, kind: str, *, code: Iterable[str | type | FunctionType], **key: Any) -> "Entry":
+        """The entry of a key, whether or not anything is in it yet.
+
+        Parameters
+        ----------
+        kind : the folder, such as banks
+        code : what computes the content, see `code_behind`
+        key : inputs and settings, as JSON values
+        """
+        return Entry(self.root / kind, key | {"code": code_behind(code)})
+
+
+class Entry:
+    """What is kept under one key."""
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        self.key = MappingProxyType(dict(key))
+        self.name = sha256_of_json(dict(key))[:DIGITS]
+        self.directory = folder / self.name
+
+    @contextmanager
+    def locked(self) -> Iterator[Path]:
+        """The folder, for one process at a time."""
+        with locked(self.directory):
+            if not (self.directory / "key.json").exists():
+                write_json(self.directory / "key.json", dict(self.key))
+            yield self.directory
+
+    def json(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The JSON value of <name>.json, computed and written where there is none."""
+        return self._kept(f"{name}.json", lambda path: json.loads(path.read_text()), write_json, compute)
+
+    def table(self, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """The table of <name>.csv, as read from the file."""
+
+        def write(path: Path, table: pd.DataFrame) -> None:
+            write_text(path, table.to_csv(index=False))
+
+        self._kept(f"{name}.csv", pd.read_csv, write, compute)
+        return pd.read_csv(self.directory / f"{name}.csv")
+
+    def arrays(self, name: str, compute: Callable[[], tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
+        """Arrays, and facts as JSON, of <name>.safetensors."""
+        return self._kept(
+            f"{name}.safetensors", read_arrays, lambda path, value: write_arrays(path, *value), compute
+        )
+
+    def _kept(
+        self,
+        name: str,
+        read: Callable[[Path], Any],
+        write: Callable[[Path, Any], None],
+        compute: Callable[[], Any],
+    ) -> Any:
+        with self.locked() as directory:
+            path = directory / name
+            if path.exists():
+                try:
+                    return read(path)
+                except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+                    notice(path)
+            value = compute()
+            write(path, value)
+            return value
+
+
+class Shards:
+    """A complete sequence of safetensors files in a folder, and the record of how they were made."""
+
+    def __init__(self, directory: Path, record: Mapping[str, Any]) -> None:
+        self.directory, self.record = Path(directory), dict(record)
+
+    @classmethod
+    def open(cls, directory: Path) -> "Shards | None":
+        """Those of a folder; None where they are not complete. Damaged files are removed, with a notice."""
+        path = Path(directory) / "record.json"
+        if not path.exists():
+            return None
+        try:
+            shards = cls(directory, json.loads(path.read_text()))
+            complete = not missing_shards(directory, shards.record["rows"])
+        except (OSError, ValueError, KeyError, TypeError):
+            notice(path)
+            complete = False
+        if not complete:
+            path.unlink()
+            return None
+        return shards
+
+    @classmethod
+    def complete(cls, directory: Path, rows: Sequence[int], **record: Any) -> "Shards":
+        """Say that all shards of a folder are there; the record gets their rows, and the seconds that they took."""
+        shards = cls(directory, {**record, "images": sum(rows), "rows": list(rows)})
+        seconds = sum(float(shard.metadata()["seconds"]) for shard in shards)
+        shards.record |= {
+            "seconds": round(seconds, 3),
+            "images_per_second": round(sum(rows) / max(seconds, 1e-9), 1),
+        }
+        write_json(shards.directory / "record.json", shards.record)
+        return shards
+
+    @property
+    def paths(self) -> list[Path]:
+        return [shard_path(self.directory, index) for index in range(len(self.record["rows"]))]
+
+    def __len__(self) -> int:
+        return sum(self.record["rows"])
+
+    def __iter__(self) -> Iterator[Any]:
+        """Each file, opened by safetensors, in order."""
+        for path in self.paths:
+            with safe_open(path, framework="pt", device="cpu") as shard:
+                yield shard
+
+
+def shard_path(directory: Path, index: int) -> Path:
+    """Where a shard lies."""
+    return Path(directory) / f"shard-{index:05d}.safetensors"
+
+
+def missing_shards(directory: Path, rows: Sequence[int]) -> list[int]:
+    """The numbers of the shards that are not there, with `rows` rows each; damaged ones are removed, with a notice."""
+    missing = []
+    for index, expected in enumerate(rows):
+        path = shard_path(directory, index)
+        if path.exists():
+            try:
+                with safe_open(path, framework="np") as shard:
+                    names = list(shard.keys())
+                    found = {shard.get_slice(name).get_shape()[0] for name in names}
+                if found == {expected}:
+                    continue
+            except (OSError, SafetensorError):
+                pass
+            notice(path)
+            path.unlink()
+        missing.append(index)
+    return missing
+
+
+def notice(path: Path) -> None:
+    """Say that a file of the store is computed again."""
+    print(f"{path} is damaged and computed again.", file=sys.stderr)
+
+
+def read_arrays(path: Path) -> tuple[Arrays, Facts]:
+    """What `write_arrays` has written."""
+    with safe_open(path, framework="np") as stored:
+        facts = json.loads(stored.metadata()["facts"])
+        return {key: stored.get_tensor(key) for key in stored.keys()}, facts  # noqa: SIM118
+
+
+def write_arrays(path: Path, arrays: Arrays, facts: Facts) -> None:
+    """One safetensors file of arrays and, as JSON in its header, facts."""
+    contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
+
+
+# ---- code -------------------------------------------------------------------------------------------------
+
+
+def code_behind(code: Iterable[str | type | FunctionType], root: Path = ROOT) -> dict[str, str]:
+    """Module -> fingerprint of its syntax tree, of the named modules and of those of the package that they import.
+
+    Parameters
+    ----------
+    code : names of modules, classes whose modules are meant, or functions, which are meant alone; a class from elsewhere,
+        such as a cell of a notebook, is never taken for unchanged
+    root : folder of the package
+    """
+    found: dict[str, str] = {}
+    waiting = []
+    for item in code:
+        name = item if isinstance(item, str) else item.__module__
+        if name.split(".")[0] != PACKAGE:
+            path = getattr(inspect.getmodule(item), "__file__", None)
+            found[name] = tree_fingerprint(Path(path)) if path else str(time.time_ns())
+        elif isinstance(item, FunctionType):
+            found[f"{name}.{item.__qualname__}"] = _function(item, root)
+        else:
+            waiting.append(name)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name], imported = _module(_path_of(name, root), root)
+            waiting += imported
+    return dict(sorted(found.items()))
+
+
+def tree_fingerprint(path: Path) -> str:
+    """Fingerprint of a Python file."""
+    return _fingerprint(_tree(path))
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _path_of(name: str, root: Path) -> Path:
+    path = root.joinpath(*name.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@cache
+def _function(function: FunctionType, root: Path) -> str:
+    """Fingerprint of a function alone."""
+    node: ast.AST = _tree(_path_of(function.__module__, root))
+    for name in function.__qualname__.split("."):
+        node = next(inner for inner in node.body if getattr(inner, "name", "") == name)
+    return _fingerprint(node)
+
+
+@cache
+def _module(path: Path, root: Path) -> tuple[str, tuple[str, ...]]:
+    """Fingerprint of a module, and the modules that it imports from the package."""
+    tree, imported = _tree(path), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
+            imported |= {_defined_in(node.module, alias.name, root) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE}
+    inside = {name for name in imported if name != PACKAGE and name.split(".")[1] not in WITHOUT_NUMBERS}
+    return _fingerprint(tree), tuple(sorted(inside))
+
+
+def _defined_in(module: str, name: str, root: Path) -> str:
+    """The module that `from module import name` leads to: a submodule, or where a package has the name from."""
+    if _path_of(f"{module}.{name}", root).exists():
+        return f"{module}.{name}"
+    path = _path_of(module, root)
+    if path.name == "__init__.py":
+        for node in _tree(path).body:
+            names = node.names if isinstance(node, ast.ImportFrom) else []
+            if name in {alias.asname or alias.name for alias in names}:
+                return _defined_in(node.module, name, root)
+    return module
+
+
+def _fingerprint(tree: ast.AST) -> str:
+    """The first digits of a SHA-256 over a syntax tree without what is written for readers only: docstrings, comments,
+    the arguments of raised errors, arguments named description, and the title and source of a class."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise):
+            node.exc = node.cause = None
+        if isinstance(node, ast.Call):
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "description"]
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") in ("title", "source"):
+            node.value = None
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:DIGITS]
