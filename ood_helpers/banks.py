@@ -238,7 +238,7 @@ class _Around(BankView):
 
 @dataclass(frozen=True, eq=False)
 class HeadBank(_Around):
-    """A bank with the logits of another head on the same features, taken anew whenever it is read."""
+    """A bank with the logits of another head on the same features, computed whenever it is read."""
 
     head: Head
     own_key: str
@@ -259,6 +259,18 @@ class BackgroundBank(_Around):
     def shards(self) -> Iterator[FeatureBank]:
         for shard in self.bank.shards():
             yield replace(shard, logits=shard.logits[:, :-1], background=shard.logits[:, -1])
+
+
+@dataclass(frozen=True, eq=False)
+class MappedBank(_Around):
+    """A bank whose shards are changed by a function when they are read."""
+
+    function: Callable[[FeatureBank], FeatureBank]
+
+    key: ClassVar[None] = None
+
+    def shards(self) -> Iterator[FeatureBank]:
+        return map(self.function, self.bank.shards())
 
 
 @dataclass(frozen=True, eq=False)

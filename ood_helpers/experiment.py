@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,7 +58,7 @@ class Experiment:
         self.backbone = Backbone(self.context)
         self._networks: dict[str, Network] = {}
         self._rows = make_rows(config, self.network)
-        self._others: dict[str, Row] = {}
+        self._others: dict[Any, Row] = {}
 
     @classmethod
     def open(
@@ -127,7 +128,7 @@ class Experiment:
         InputError : names all that is missing, each with its folder and command; sets that must be apart are not
         """
         self.image_sets.check()
-        check_tuned_apart(self._rows, self.image_sets)
+        self.tuned_rows()
         for name in self.config.networks:
             self.network(name).check()
 
@@ -172,7 +173,7 @@ class Experiment:
 
     def training_methods(self) -> set[str]:
         """How the networks are made that the config describes or a row scores: `classifier`, `dense`, ..."""
-        names = {*self.config.networks, *(row.network_name for row in self._rows.values())}
+        names = {*self.config.networks, *(row.network.name for row in self._rows.values())}
         recipes = [recipe for name, recipe in self.config.all_networks().items() if name in names]
         return {
             recipe.method for recipe in recipes if not set(recipe.image_sets) & self.image_sets.missing.keys()
@@ -203,6 +204,7 @@ class Experiment:
 
     @cached_property
     def _tuned(self) -> dict[str, TunedRow]:
+        check_tuned_apart(self._rows, self.image_sets)
         return {name: TunedRow(self._rows[name]) for name in self.config.tuning.grids}
 
     def row(self, name: str) -> Row:
@@ -231,7 +233,7 @@ class Experiment:
         for row in self._rows.values():
             if row.network is wanted.network and row.same_detector(detector):
                 return row
-        return self._others.setdefault(f"{wanted.label} on {wanted.network_name}", wanted)
+        return self._others.setdefault((wanted.label, wanted.network, repr(detector)), wanted)
 
     def detector(self, name: str) -> Detector:
         """The detector of a row, fitted on the ID training bank."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ood_helpers.errors import InputError
+
 PACKAGE = "ood_helpers"
 Class = TypeVar("Class")
 
@@ -17,17 +19,33 @@ class Registry(Mapping[str, Any]):
     ----------
     module : the module `<folder>.<module>` of every folder of the package registers, where there is one
     folder : all modules of this folder register, too
+    check : called with the name and the class; raises InputError for a class that does not fit
     """
 
-    def __init__(self, module: str, folder: str | None = None) -> None:
-        self._module, self._folder = module, folder
+    def __init__(
+        self, module: str, folder: str | None = None, check: Callable[[str, type], None] | None = None
+    ) -> None:
+        self._module, self._folder, self._check = module, folder, check
         self._classes: dict[str, Any] = {}
-        self._loaded = False
+        self._loading = self._loaded = False
 
     def register(self, name: str) -> Callable[[Class], Class]:
-        """A decorator that registers a class under a name; a later class of the same name replaces it."""
+        """A decorator that registers a class under a name. The same class may come again, as from a cell that is run again.
+
+        Raises
+        ------
+        InputError : another class has the name; the class does not fit
+        """
 
         def decorate(cls: Class) -> Class:
+            taken = self._classes.get(name, cls)
+            if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise InputError(
+                    f"{cls.__module__}.{cls.__qualname__} is to be registered as {name!r}, expected a name that is free; "
+                    f"{taken.__module__}.{taken.__qualname__} has this one, choose another."
+                )
+            if self._check is not None:
+                self._check(name, cls)
             self._classes[name] = cls
             return cls
 
@@ -46,9 +64,16 @@ class Registry(Mapping[str, Any]):
         return len(self._classes)
 
     def _load(self) -> None:
-        if self._loaded:
+        if self._loading or self._loaded:
             return
-        self._loaded = True
+        self._loading = True  # what is imported may look a name up
+        try:
+            self._import_all()
+            self._loaded = True
+        finally:
+            self._loading = False
+
+    def _import_all(self) -> None:
         root = Path(__file__).parent
         for entry in pkgutil.iter_modules([str(root)]):
             if entry.ispkg and (root / entry.name / f"{self._module}.py").exists():

@@ -4,7 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from ood_helpers import metrics
 from ood_helpers.banks import Bank, DeviceBank
 from ood_helpers.config.experiment import ExperimentConfig
-from ood_helpers.detectors.base import Detector, create, variants
+from ood_helpers.detectors.base import OF_ROWS, Detector, create, variants
 from ood_helpers.errors import InputError
 from ood_helpers.files import sha256_of_json
 from ood_helpers.image_sets import ImageSets
@@ -43,6 +43,7 @@ class Row:
         self.name, self.label, self.network = name, label, network
         self._detector = detector
         self._parts: dict[str, Row] = {}
+        self._facts: Facts | None = None
 
     @property
     def context(self) -> Context:
@@ -58,11 +59,6 @@ class Row:
         own = self.detector
         return type(own) is type(detector) and own.hyperparameters() == detector.hyperparameters()
 
-    @property
-    def network_name(self) -> str:
-        """The network's name in the config; empty for the backbone."""
-        return self.network.setting.partition(".")[2]
-
     # ---- what it rests on -------------------------------------------------------------------------------
 
     def ood_sets(self) -> dict[str, str]:
@@ -73,7 +69,7 @@ class Row:
 
     def fitted_on(self) -> list[str]:
         """The image sets that its detector learns from."""
-        validates = self.detector.needs_validation and "validation" in self.context.id_names
+        validates = self.detector.needs_validation and "validation" in self.context.image_sets.id_names()
         return [self.detector.fit_set, *(["validation"] if validates else [])]
 
     def rests_on(self) -> list[str]:
@@ -106,7 +102,7 @@ class Row:
         """Fit a detector on the network's banks, or another training bank; it and the seconds, with those of what it
         computes at its first score."""
         validation_bank = None
-        if detector.needs_validation and "validation" in self.context.id_names:
+        if detector.needs_validation and "validation" in self.context.image_sets.id_names():
             validation_bank = self.network.image_bank("validation")
         if train_bank is None:
             # One that learns nothing needs no pass of the training images.
@@ -121,7 +117,8 @@ class Row:
         return detector, time.perf_counter() - begin
 
     def scores_of(self, detector: Detector, name: str) -> Tensor:
-        """Scores [N] of an image set by a fitted detector, on the CPU; those of its parts are taken from the store."""
+        """Scores [N] of an image set, on the CPU, by a detector that was fitted as this row is; those of its parts are taken
+        from the store."""
         if not detector.parts:
             return detector.score_samples(self.bank(name)).cpu()
         parts = {part: self._part(spec)._stored(name)[0] for part, spec in detector.parts.items()}
@@ -164,42 +161,44 @@ class Row:
         arrays, facts = self._entry.arrays(self.network.key(name), compute)
         return arrays["scores"], facts["seconds"]
 
-    @cached_property
     def _fit_facts(self) -> Facts:
         """What fitting it took and what it has learned; computed once."""
+        if self._facts is not None:
+            return self._facts
 
         def compute() -> Facts:
             detector, seconds = self.fit(copy.copy(self.detector))
             self.__dict__["_fitted"] = detector
             return {"seconds": seconds, "learned": detector.learned, "extra_passes": detector.extra_passes}
 
-        return self._entry.json("fit", compute)
+        self._facts = self._entry.json("fit", compute, ("seconds", "learned", "extra_passes"))
+        return self._facts
 
     def scores(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """ID test scores [N] and OOD set -> scores; higher = more in-distribution."""
         self.network.check_accuracy()
-        _ = self._fit_facts  # fitted by the clock, before anything is scored
+        self._fit_facts()  # by the clock, before anything is scored
         return self._stored("test")[0], {name: self._stored(name)[0] for name in self.ood_sets()}
 
     # ---- results ----------------------------------------------------------------------------------------
 
     def tuned_on(self) -> str:
         """On what its hyper-parameters were chosen; empty for the config's own."""
-        detector = self.detector
-        if detector.fit_set != "train":
-            return f"fitted on the labelled ID {detector.fit_set} set, a leak"
-        against = next(
-            (one.tuned_against for one in (detector, *detector.parts.values()) if one.tuned_against), ""
-        )
+        ones = self.detector, *self.detector.parts.values()
+        against = next((one.tuned_against for one in ones if one.tuned_against), "")
         images = len(self.context.image_sets["validation"]) if against else 0
-        return f"ID validation ({images} images) against {against}" if against else ""
+        return self._leak() or (f"ID validation ({images} images) against {against}" if against else "")
+
+    def _leak(self) -> str:
+        fit_set = self.detector.fit_set
+        return "" if fit_set == "train" else f"fitted on the labelled ID {fit_set} set, a leak"
 
     def hyperparameters(self) -> dict[str, Any]:
         """Those of the detector, what it has learned, and how its network was made; ready for JSON."""
         settings = self.detector.hyperparameters()
-        if self.network_name:
-            settings["network"] = {"name": self.network_name, **self.network.settings()}
-        learned = self._fit_facts["learned"]
+        if self.network.name:
+            settings["network"] = {"name": self.network.name, **self.network.settings()}
+        learned = self._fit_facts()["learned"]
         return settings | ({"learned": learned} if learned else {})
 
     def resamples(self) -> dict[str, np.ndarray]:
@@ -264,14 +263,14 @@ class Row:
                     "data_sha256": sha256_of_json(images)[:16],
                     "tuned_on": self.tuned_on(),
                     "fit_seconds": self.fit_seconds(),
-                    "extra_passes": self._fit_facts["extra_passes"],
+                    "extra_passes": self._fit_facts()["extra_passes"],
                 }
             )
         return lines
 
     def fit_seconds(self) -> float:
         """What fitting it took."""
-        return self._fit_facts["seconds"]
+        return self._fit_facts()["seconds"]
 
     # ---- grids ------------------------------------------------------------------------------------------
 
@@ -283,7 +282,7 @@ class Row:
         combinations = variants(self.fitted(), grid)
         for settings, detector in track(combinations, description=f"{self.label} sweep", unit="setting"):
             try:
-                compared = self.compare(detector, id_set, ood_sets)
+                compared = comparison(partial(self.scores_of, detector), id_set, ood_sets)
             except InputError as error:
                 refusal, nothing = error, {"fpr95": np.nan, "auroc": np.nan}
                 compared = [{"ood_set": name, "group": group} | nothing for name, group in ood_sets.items()]
@@ -294,15 +293,16 @@ class Row:
         table = pd.DataFrame(lines, dtype=object)
         return table.astype({"ood_set": str, "group": str, "fpr95": float, "auroc": float})
 
-    def compare(self, detector: Detector, id_set: str, ood_sets: Mapping[str, str]) -> list[dict[str, Any]]:
-        """FPR95 and AUROC in percent of a fitted detector on the network, one line per OOD set."""
-        id_scores, lines = self.scores_of(detector, id_set), []
-        for name, group in ood_sets.items():
-            values = metrics.evaluate(id_scores, self.scores_of(detector, name))
-            lines.append(
-                {"ood_set": name, "group": group, "fpr95": values["fpr95"], "auroc": values["auroc"]}
-            )
-        return lines
+
+def comparison(
+    scores_of: Callable[[str], Tensor], id_set: str, ood_sets: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """FPR95 and AUROC in percent of the scores [N] of image sets, one line per OOD set."""
+    id_scores, lines = scores_of(id_set), []
+    for name, group in ood_sets.items():
+        values = metrics.evaluate(id_scores, scores_of(name))
+        lines.append({"ood_set": name, "group": group, "fpr95": values["fpr95"], "auroc": values["auroc"]})
+    return lines
 
 
 class TunedRow(Row):
@@ -351,12 +351,12 @@ class TunedRow(Row):
 
         entry = self.context.store.entry(
             "grids",
-            code=["ood_helpers.metrics", *base._code(), Row.fit, Row.scores_of, Row.compare, Row.sweep],
+            code=["ood_helpers.metrics", *base._code(), Row.fit, Row.scores_of, Row.sweep, comparison],
             detector=[type(base.detector).__name__, base.detector.hyperparameters()],
-            grid=grid,
+            grid=list(grid.items()),  # the first of the best is chosen, so their order counts
             banks={name: base.network.key(name) for name in (*base.fitted_on(), "validation", "tuning")},
         )
-        return entry.json("grid", compute)
+        return entry.json("grid", compute, ("seconds", "lines"))
 
     def ood_sets(self) -> dict[str, str]:
         return {name: group for name, group in super().ood_sets().items() if name not in self.tuning.related}
@@ -365,9 +365,9 @@ class TunedRow(Row):
         return list(dict.fromkeys([*self.base.fitted_on(), "validation", "tuning"]))
 
     def tuned_on(self) -> str:
-        image_sets = self.context.image_sets
+        image_sets, leak = self.context.image_sets, self._leak()
         images, outliers = len(image_sets["validation"]), len(image_sets["tuning"])
-        return (
+        return leak or (
             f"{METRICS[self.tuning.metric][0]} on {images:,} ID validation images against "
             f"{outliers:,} of {self.tuning.name}"
         )
@@ -392,7 +392,7 @@ def make_row(name: str, settings: Mapping[str, Any], network: Callable[[str], Ne
     InputError : as `create`, or a network of another kind than the detector scores
     """
     settings = dict(settings)
-    kind, label, chosen = (settings.pop(key, None) for key in ("detector", "label", "network"))
+    kind, chosen, label = (settings.pop(key, None) for key in OF_ROWS)
     try:
         detector = create(kind or name, **settings)
         return row_of(detector, network, chosen, label, name)

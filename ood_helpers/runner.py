@@ -27,7 +27,6 @@ from ood_helpers.errors import InputError, nearest
 from ood_helpers.experiment import Experiment
 from ood_helpers.files import sha256_of_file, sha256_of_json, write_json, write_text
 from ood_helpers.image_sets import checkpoints
-from ood_helpers.mos.groups import group_path
 from ood_helpers.storage import tree_fingerprint
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
@@ -150,9 +149,8 @@ class Runner:
         self.directory = experiment.directory / "notebooks"
         images = {name: item.fingerprint for name, item in sorted(experiment.image_sets.opened.items())}
         settings = {key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")}
-        groups = [getattr(recipe, "groups", None) for recipe in experiment.config.networks.values()]
         files = [resolve_path(path) for path in checkpoints(experiment.config)]
-        files += [group_path(recipe.file) for recipe in groups if getattr(recipe, "file", None)]
+        files += [path for recipe in experiment.config.networks.values() for path in recipe.other_files]
         config = experiment.config.model_dump(mode="json")
         self._common = [package_fingerprint(), images, [*map(sha256_of_file, files)], settings, config]
 

@@ -31,6 +31,7 @@ from ood_helpers.files import atomic_path, locked, sha256_of_json, write_json, w
 
 PACKAGE = "ood_helpers"
 ROOT = Path(__file__).resolve().parent
+BEGUN = time.time_ns()
 DIGITS = 20  # hexadecimal digits of a key in a folder's name
 # What these do cannot change a number: settings are in the key themselves.
 WITHOUT_NUMBERS = ("config", "errors", "files", "progress", "registry", "storage")
@@ -73,9 +74,14 @@ class Entry:
                 write_json(self.directory / "key.json", dict(self.key))
             yield self.directory
 
-    def json(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The JSON value of <name>.json, computed and written where there is none."""
-        return self._kept(f"{name}.json", lambda path: json.loads(path.read_text()), write_json, compute)
+    def json(self, name: str, compute: Callable[[], Facts], fields: Sequence[str]) -> Facts:
+        """The JSON mapping of <name>.json with these fields, computed and written where there is none."""
+
+        def read(path: Path) -> Facts:
+            facts = json.loads(path.read_text())
+            return {field: facts[field] for field in fields}
+
+        return self._kept(f"{name}.json", read, write_json, compute)
 
     def table(self, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """The table of <name>.csv, as read from the file."""
@@ -173,13 +179,13 @@ def missing_shards(directory: Path, rows: Sequence[int]) -> list[int]:
         if path.exists():
             try:
                 with safe_open(path, framework="np") as shard:
+                    float(shard.metadata()["seconds"])
                     names = list(shard.keys())
                     found = {shard.get_slice(name).get_shape()[0] for name in names}
                 if found == {expected}:
-                    continue
-            except (OSError, SafetensorError):
-                pass
-            notice(path)
+                    continue  # else it is of a pass with shards of another size
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+                notice(path)
             path.unlink()
         missing.append(index)
     return missing
@@ -224,20 +230,21 @@ def code_behind(code: Iterable[str | type | FunctionType], root: Path = ROOT) ->
             path = getattr(inspect.getmodule(item), "__file__", None)
             found[name] = tree_fingerprint(Path(path)) if path else str(time.time_ns())
         elif isinstance(item, FunctionType):
-            found[f"{name}.{item.__qualname__}"] = _function(item, root)
+            found[f"{name}.{item.__qualname__}"] = _function(item, root, _edited(name, _path_of(name, root)))
         else:
             waiting.append(name)
     while waiting:
         name = waiting.pop()
         if name not in found:
-            found[name], imported = _module(_path_of(name, root), root)
+            path = _path_of(name, root)
+            found[name], imported = _module(path, root, _edited(name, path))
             waiting += imported
     return dict(sorted(found.items()))
 
 
 def tree_fingerprint(path: Path) -> str:
-    """Fingerprint of a Python file."""
-    return _fingerprint(_tree(path))
+    """Fingerprint of a Python file; its texts that tables and figures show count, too."""
+    return _fingerprint(_tree(path), shown=True)
 
 
 def _tree(path: Path) -> ast.Module:
@@ -249,17 +256,24 @@ def _path_of(name: str, root: Path) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
+def _edited(name: str, path: Path) -> str:
+    """Sets an imported module apart whose file was changed since this process has begun: which code runs is not known."""
+    changed = path.stat().st_mtime_ns
+    imported = getattr(sys.modules.get(name), "__file__", None) == str(path)
+    return f"{changed} {BEGUN}" if imported and changed > BEGUN else ""
+
+
 @cache
-def _function(function: FunctionType, root: Path) -> str:
+def _function(function: FunctionType, root: Path, edited: str) -> str:
     """Fingerprint of a function alone."""
     node: ast.AST = _tree(_path_of(function.__module__, root))
     for name in function.__qualname__.split("."):
         node = next(inner for inner in node.body if getattr(inner, "name", "") == name)
-    return _fingerprint(node)
+    return _fingerprint(node) + edited
 
 
 @cache
-def _module(path: Path, root: Path) -> tuple[str, tuple[str, ...]]:
+def _module(path: Path, root: Path, edited: str) -> tuple[str, tuple[str, ...]]:
     """Fingerprint of a module, and the modules that it imports from the package."""
     tree, imported = _tree(path), set()
     for node in ast.walk(tree):
@@ -268,7 +282,7 @@ def _module(path: Path, root: Path) -> tuple[str, tuple[str, ...]]:
         elif isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE}
     inside = {name for name in imported if name != PACKAGE and name.split(".")[1] not in WITHOUT_NUMBERS}
-    return _fingerprint(tree), tuple(sorted(inside))
+    return _fingerprint(tree) + edited, tuple(sorted(inside))
 
 
 def _defined_in(module: str, name: str, root: Path) -> str:
@@ -284,16 +298,17 @@ def _defined_in(module: str, name: str, root: Path) -> str:
     return module
 
 
-def _fingerprint(tree: ast.AST) -> str:
+def _fingerprint(tree: ast.AST, shown: bool = False) -> str:
     """The first digits of a SHA-256 over a syntax tree without what is written for readers only: docstrings, comments,
-    the arguments of raised errors, arguments named description, and the title and source of a class."""
+    the arguments of raised errors, arguments named description, and, unless they are `shown`, the title and source of a
+    class."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise):
             node.exc = node.cause = None
         if isinstance(node, ast.Call):
             node.keywords = [keyword for keyword in node.keywords if keyword.arg != "description"]
         if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") in ("title", "source"):
-            node.value = None
+            node.value = node.value if shown else None
         if (
             isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
             and ast.get_docstring(node) is not None

@@ -4,11 +4,13 @@ detection along a training. Those of banks take seconds, as they never run the n
 import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ood_helpers import metrics, results
 from ood_helpers.backbones.base import Classifier
@@ -22,7 +24,7 @@ from ood_helpers.experiment import Experiment
 from ood_helpers.files import write_text
 from ood_helpers.networks.base import Network
 from ood_helpers.progress import track
-from ood_helpers.rows import Row, row_of
+from ood_helpers.rows import Row, comparison, row_of
 from ood_helpers.statistics import accuracy
 
 CODE_ALONG = [f"ood_helpers.{module}" for module in ("metrics", "statistics", "banks", "data.transforms")]
@@ -58,7 +60,7 @@ def sweep(
 def compare(run: Experiment, detector: Detector) -> pd.DataFrame:
     """FPR95 and AUROC in percent of a detector (not fitted) on its network; one line per OOD set."""
     row = row_of(detector, run.network)
-    return pd.DataFrame(row.compare(row.fitted(), "test", run.ood_sets()))
+    return pd.DataFrame(comparison(partial(row.scores_of, row.fitted()), "test", run.ood_sets()))
 
 
 def compare_networks(
@@ -69,7 +71,7 @@ def compare_networks(
     Parameters
     ----------
     recipes : label -> recipe; each network is trained when it is not yet
-    scored_by : a detector that scores banks, not fitted; None = MOS where there is a group softmax, else MSP
+    scored_by : a detector that scores banks, not fitted; None = what a recipe names: MOS for a group softmax, else MSP
 
     Returns
     -------
@@ -79,7 +81,7 @@ def compare_networks(
     run.check_accuracy()
     lines, resamples = [], {metric: {} for metric in results.METRICS}
     for label, recipe in track(list(recipes.items()), description="networks", unit="network"):
-        detector = scored_by or create("msp" if recipe.softmax == "flat" else "mos")
+        detector = scored_by or create(recipe.scored_by)
         row = Row(label, label, detector, run.network(recipe))
         lines += row.results()
         drawn = row.resamples()
@@ -114,7 +116,11 @@ def sample_size(
         line = {"method": row.label, "images_per_class": count, "draw": draw, "refused": ""}
         try:
             detector, _ = row.fit(copy.copy(row.detector), subset)
-            compared = pd.DataFrame(row.compare(detector, "test", run.ood_sets()))
+
+            def scores_of(name: str, row: Row = row, detector: Detector = detector) -> Tensor:
+                return detector.score_samples(row.bank(name)).cpu()
+
+            compared = pd.DataFrame(comparison(scores_of, "test", run.ood_sets()))
             lines.append(line | compared[["fpr95", "auroc"]].mean().to_dict())
         except InputError as error:
             lines.append(line | {"fpr95": np.nan, "auroc": np.nan, "refused": str(error)})
@@ -134,7 +140,7 @@ def describe_banks(run: Experiment) -> pd.DataFrame:
 
 def bank_names(run: Experiment) -> list[str]:
     """The image sets that have a bank: ID, OOD and, with tuned rows, the outliers to tune on."""
-    return [*run.context.id_names, *(["tuning"] if run.tuned_rows() else []), *run.ood_sets()]
+    return [*run.context.image_sets.id_names(), *(["tuning"] if run.tuned_rows() else []), *run.ood_sets()]
 
 
 def along_training(
@@ -183,13 +189,16 @@ def along_training(
 
     entry = run.context.store.entry(
         "along",
-        code=[*CODE_ALONG, _detection, *(type(detector) for detector in detectors.values())],
+        code=[*CODE_ALONG, _detection, *network.code, *map(type, detectors.values())],
         training=network.training_entry().name,
         epochs=list(epochs),
         images=images,
         sets={name: run.image_set(name).fingerprint for name in ("test", *ood_sets)},
         groups=ood_sets,
-        detectors={label: detector.hyperparameters() for label, detector in detectors.items()},
+        detectors={
+            label: [type(detector).__name__, detector.hyperparameters()]
+            for label, detector in detectors.items()
+        },
     )
     table, history = entry.table("detection", compute), network.history().set_index("epoch")
     column = "train_cross_entropy" if "train_cross_entropy" in history else "train_loss"

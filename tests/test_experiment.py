@@ -92,6 +92,9 @@ def test_the_record_trains_and_passes_nothing(finished, tmp_path):
     record = report.record(small(finished[0]))
     assert set(record["banks"]) == {"train", "validation", "test", "tuning", *OOD_SETS}
     assert record["id_accuracy"] == small(finished[0]).check_accuracy()
+    report.record(small(finished[0], "networks.um.id_loss.constraint={draws: 7}"))
+    kept = (finished[0] / "runs").glob("estimates/*/key.json")
+    assert all(json.loads(path.read_text())["estimate"]["draws"] != 7 for path in kept)
 
 
 def test_resamples_are_the_ones_behind_the_intervals(finished):

@@ -16,10 +16,11 @@ FLOORS = (
     ("data", "backbones"),
     ("kernels", "metrics", "banks", "statistics", "extract"),
     ("detectors", "training", "results"),
+    ("image_sets",),
     ("networks",),
-    ("mos", "unleashing_mask"),
-    ("dfb", "outlier_exposure"),  # networks like those of MOS, and like those of Unleashing Mask
-    ("image_sets", "plots"),
+    ("mos", "dfb", "unleashing_mask"),
+    ("outlier_exposure",),  # its loss on ID images may be that of Unleashing Mask
+    ("plots",),
     ("rows",),
     ("experiment",),
     ("studies",),

@@ -1,5 +1,6 @@
 """Rows of the results: hyper-parameters, tuning, what is kept of them, and wrong ones."""
 
+import itertools
 import json
 import shutil
 
@@ -150,7 +151,8 @@ def test_a_detector_on_a_network_is_the_row_of_the_config_where_there_is_one(fin
     run = small(finished[0])
     assert run.row_of(KNN(k=50)) is run.row("knn")
     other = run.row_of(KNN(k=7))
-    assert other is not run.row("knn") and run.row_of(KNN(k=7)).results()
+    assert other is not run.row("knn") and run.row_of(KNN(k=7)) is other and other.results()
+    assert run.row_of(KNN(k=1)).detector.k == 1
     assert run.row_of(KNN(k=50), "flat").label == "KNN (flat)"
 
 
@@ -180,5 +182,23 @@ def test_a_network_trained_with_outliers_is_not_tuned_on_them(tmp_path):
         "tuning.grids={energy_oe: {temperature: [1.0, 2.0]}}",
         "outliers.images.seed=0",
     ]
-    with pytest.raises(InputError, match=r"trained with outliers on \d+ of the same images"):
-        small(tmp_path, *settings).check()
+    for use in (Experiment.check, Experiment.tuned_rows, Experiment.results):
+        with pytest.raises(InputError, match=r"trained with outliers on \d+ of the same images"):
+            use(small(tmp_path, *settings))
+
+
+def test_a_tuned_row_takes_the_values_that_its_table_chose_in_any_order_of_the_grid(finished):
+    values = {"activation_percentile: [10.0, 95.0]", "weight_percentile: [10, 90]"}
+    for order in itertools.permutations(sorted(values)):
+        run = small(finished[0], f"tuning.grids={{line: {{{', '.join(order)}}}}}")
+        row = run.tuned_rows()["line"]
+        best = row.table().query("chosen").iloc[0]
+        chosen = row.detector.activation_percentile, row.detector.weight_percentile
+        assert chosen == (best.activation_percentile, best.weight_percentile)
+
+
+def test_a_leak_is_named_on_the_tuned_row_too(finished):
+    leak = "detectors.leaking={detector: kl_matching, templates: test_leak}"
+    run = small(finished[0], leak, "tuning.grids={leaking: {templates: [test_leak]}}")
+    for row in (run.row("leaking"), run.tuned_rows()["leaking"]):
+        assert row.tuned_on() == "fitted on the labelled ID test set, a leak"

@@ -7,16 +7,19 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
 from small_experiments import small
 
-from ood_helpers import studies
+from ood_helpers import storage, studies
 from ood_helpers.config import PROJECT_ROOT
-from ood_helpers.storage import Shards, Store, code_behind, missing_shards, shard_path, write_arrays
+from ood_helpers.storage import Shards, Store, code_behind, missing_shards, shard_path, tree_fingerprint
 from ood_helpers.unleashing_mask.network import loss_constraint
 from ood_helpers.unleashing_mask.recipe import Estimate
 
@@ -40,6 +43,7 @@ def entry(folder, **key):
 )
 def test_what_is_there_is_read_and_what_is_damaged_is_computed_again(tmp_path, capsys, method, value):
     keep = getattr(entry(tmp_path, size=3), method)
+    keep = partial(keep, fields=["seconds", "names"]) if method == "json" else keep
     same = pd.testing.assert_frame_equal if method == "table" else np.testing.assert_equal
     same(keep("value", lambda: value), value)
     same(keep("value", lambda: pytest.fail("computed again")), value)
@@ -65,30 +69,50 @@ def test_processes_side_by_side_compute_once(tmp_path):
 
     def compute():
         computed.append(time.sleep(0.3))
-        return len(computed)
+        return {"number": len(computed)}
 
-    threads = [threading.Thread(target=lambda: entry(tmp_path).json("value", compute)) for _ in range(3)]
+    def keep():
+        return entry(tmp_path).json("value", compute, ["number"])
+
+    threads = [threading.Thread(target=keep) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(computed) == 1 and entry(tmp_path).json("value", compute) == 1
+    assert len(computed) == 1 and keep() == {"number": 1}
 
 
 def test_an_error_leaves_nothing_behind(tmp_path):
     with pytest.raises(ZeroDivisionError):
-        entry(tmp_path).json("value", lambda: 1 / 0)
-    assert not list(tmp_path.rglob("value.*")) and entry(tmp_path).json("value", lambda: 2) == 2
+        entry(tmp_path).table("value", lambda: 1 / 0)
+    assert not list(tmp_path.rglob("value.*"))
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "null", '{"seconds": 1}'])
+def test_a_file_without_what_it_should_hold_is_damaged(tmp_path, capsys, text):
+    kept = {"seconds": 1, "learned": {}}
+    with entry(tmp_path).locked() as directory:
+        (directory / "fit.json").write_text(text)
+    assert entry(tmp_path).json("fit", lambda: kept, ["seconds", "learned"]) == kept
+    assert "fit.json is damaged and computed again" in capsys.readouterr().err
 
 
 def test_shards_are_complete_only_when_all_are_there(tmp_path, capsys):
     assert Shards.open(tmp_path) is None and missing_shards(tmp_path, [2, 1]) == [0, 1]
     for index, rows in enumerate((2, 1)):
-        write_arrays(shard_path(tmp_path, index), {"logits": np.zeros((rows, 4))}, {})
+        shard = {"logits": torch.zeros(rows, 4)}
+        save_file(shard, shard_path(tmp_path, index), metadata={"seconds": "0.1"})
     assert missing_shards(tmp_path, [2, 1]) == [] and missing_shards(tmp_path, [2, 1, 5]) == [2]
     shard_path(tmp_path, 0).write_bytes(b"no shard")
-    assert missing_shards(tmp_path, [2, 1]) == [0]
-    assert f"{shard_path(tmp_path, 0)} is damaged and computed again." in capsys.readouterr().err
+    save_file({"logits": torch.zeros(1, 4)}, shard_path(tmp_path, 1))
+    assert missing_shards(tmp_path, [2, 1]) == [0, 1]
+    notices = capsys.readouterr().err
+    assert all(f"{shard_path(tmp_path, i)} is damaged and computed again." in notices for i in (0, 1))
+
+
+def test_shards_of_another_size_are_not_called_damaged(tmp_path, capsys):
+    save_file({"logits": torch.zeros(2, 4)}, shard_path(tmp_path, 0), metadata={"seconds": "0.1"})
+    assert missing_shards(tmp_path, [3]) == [0] and capsys.readouterr().err == ""
 
 
 # ---- what makes an entry stale ----------------------------------------------------------------------------
@@ -186,6 +210,21 @@ def test_a_formula_makes_its_stage_stale_and_a_typo_does_not(keys, tmp_path, sta
     assert code_behind(named, edited(tmp_path, module, Typo())) == before
     after = code_behind(named, edited(tmp_path / "formula", module, Formula()))
     assert {name for name in before if after[name] != before[name]} == {f"ood_helpers.{module}"}
+
+
+def test_a_file_changed_while_the_process_runs_is_never_taken_for_what_runs(monkeypatch):
+    before = code_behind(["ood_helpers.metrics", loss_constraint])
+    monkeypatch.setattr(storage, "BEGUN", 0)
+    after = code_behind(["ood_helpers.metrics", loss_constraint])
+    assert all(after[name] != digits for name, digits in before.items())
+
+
+def test_texts_that_tables_show_rerun_notebooks(tmp_path):
+    files = []
+    for title in ("MSP", "Max softmax"):
+        files.append(tmp_path / f"{len(files)}.py")
+        files[-1].write_text(f"class MSP:\n    title: ClassVar[str] = '{title}'\n")
+    assert tree_fingerprint(files[0]) != tree_fingerprint(files[1])
 
 
 def test_every_stage_is_tried(keys):

@@ -6,6 +6,8 @@ from small_experiments import small
 
 from ood_helpers import studies
 from ood_helpers.detectors.energy import Energy
+from ood_helpers.detectors.max_logit import MaxLogit
+from ood_helpers.detectors.msp import MSP
 from ood_helpers.errors import InputError
 
 
@@ -46,6 +48,22 @@ def test_sample_sizes_end_in_the_result_of_all_training_images(finished):
     assert few.auroc.nunique() == 2  # two draws, two sets of prototypes
     refused = studies.sample_size(small(folder), ["vim"], [1], draws=1)  # vim refuses 10 images
     assert refused.fpr95.isna().all() and "ViM" in refused.refused[0]
+
+
+def test_parts_of_a_method_learn_from_the_subset_too(finished):
+    host = "detectors.dfb_knn={detector: dfb, host: {detector: knn, k: 1}}"
+    samples = studies.sample_size(small(finished[0], host), ["dfb_knn"], [2, 30], draws=2)
+    assert samples.auroc.nunique() == 4
+
+
+def test_each_label_along_a_training_is_of_its_own_detector(finished):
+    run = small(finished[0], "networks.um.save_every=1")
+    network, kinds = run.network("um"), {"msp": MSP(), "max": MaxLogit()}
+    first = studies.along_training(run, network, 20, kinds)
+    swapped = studies.along_training(run, network, 20, {"msp": kinds["max"], "max": kinds["msp"]})
+    of_msp = first[first.detector == "msp"].auroc.tolist()
+    assert of_msp == swapped[swapped.detector == "max"].auroc.tolist()
+    assert of_msp != swapped[swapped.detector == "msp"].auroc.tolist()
 
 
 def test_means_are_over_the_sets_that_a_row_is_reported_on(finished):

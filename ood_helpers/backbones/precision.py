@@ -48,7 +48,7 @@ def network_in(
     bfloat16 = precision == "bfloat16"
 
     def forward(inputs: Tensor) -> Tensor:
-        # A batch of another size would be compiled anew; there is one at the end of a shard at most.
+        # A batch of another size would be compiled again; there is one at the end of a shard at most.
         function = compiled if len(inputs) == batch_size else network.features
         with float32_products(precision), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             return function(inputs).float()

@@ -167,7 +167,7 @@ class ExperimentConfig(Model):
         return {name: {} if entry is None else entry for name, entry in entries.items()}
 
     def all_networks(self) -> dict[str, NetworkRecipe]:
-        """The networks of the config, behind those that exist where a config has none of their name."""
+        """The networks of the config, and the defaults of those that it leaves out."""
         defaults: dict[str, NetworkRecipe] = {}
         for recipe in RECIPES.values():
             defaults |= recipe.defaults(self.id.num_classes)
@@ -217,7 +217,7 @@ class ExperimentConfig(Model):
             except ValueError as error:
                 text = str(error).rstrip(".")
                 raise ValueError(
-                    f"ablations.{name}: {text}; correct it, or leave it out with ablations.{name}=null"
+                    f"ablations.{name}: {text} (or leave this ablation out: ablations.{name}=null)"
                 ) from None
         return self
 

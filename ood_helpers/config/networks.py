@@ -1,6 +1,7 @@
 """Networks derived from the backbone: what all recipes have in common, and the registry that holds them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, SerializeAsAny
@@ -18,9 +19,11 @@ class NetworkRecipe(Model):
 
     from_checkpoint: ClassVar[type["CheckpointRecipe"]]
     trained_here: ClassVar[bool] = True  # or the checkpoint of a network trained elsewhere
-    files: ClassVar[list[str]] = []  # that have to be there before the network can be made
+    files: ClassVar[list[str]] = []  # weights that have to be there before the network can be made
+    other_files: ClassVar[list[Path]] = []  # that its outputs depend on, too
     image_sets: ClassVar[tuple[str, ...]] = ()  # with which it is trained beside the ID images
     softmax: ClassVar[str] = "flat"  # over all classes, or "group"
+    scored_by: ClassVar[str] = "msp"  # the detector that networks are compared by
     background: ClassVar[bool] = False  # whether the last of K + 1 outputs is of background or outliers
 
     method: str

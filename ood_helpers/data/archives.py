@@ -62,7 +62,7 @@ def fetch(
     """Have the file at `url` as `path`, verified by size and checksums where they are given.
 
     A file that is there already is verified and left where it is. Otherwise it is downloaded to
-    `path` + ".part"; a download that broke off goes on where it stopped (HTTP range), or starts again if
+    `path` + ".part"; a download that broke off resumes where it stopped (HTTP range), or starts again if
     the server cannot do that.
 
     Raises
@@ -87,7 +87,7 @@ def fetch(
         except NO_CONNECTION as error:
             reason = _reason(error)
             if part.exists():
-                reason += f"; {part.stat().st_size:,} bytes are kept, and the next run goes on there"
+                reason += f"; {part.stat().st_size:,} bytes are kept, and the next run resumes there"
             raise MissingDataError(
                 f"{path} is missing and could not be downloaded ({reason}); run again with a network "
                 f'connection, or get it by hand with: curl -L -o "{path}" "{url}"'

@@ -112,7 +112,7 @@ def image_batches(
     """
     if not 0 <= start <= stop <= len(image_set):
         raise InputError(
-            f"Images {start} to {stop} were asked of {image_set.name}, which has {len(image_set)}."
+            f"Found a request for images {start} to {stop} of {image_set.name}, expected some of its {len(image_set)}; ask for fewer."
         )
     spans = [(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size)]
     yield from spanned_batches(image_set, transform, spans, workers)
@@ -125,7 +125,7 @@ def spanned_batches(
     for first, stop in spans:
         if not 0 <= first < stop <= len(image_set):
             raise InputError(
-                f"Images {first} to {stop} were asked of {image_set.name}, which has {len(image_set)}; ask for fewer."
+                f"Found a request for images {first} to {stop} of {image_set.name}, expected some of its {len(image_set)}; ask for fewer."
             )
     array = image_set.array
     if array is not None and transform.keeps(*array.shape[1:3]):

@@ -19,22 +19,24 @@ from ood_helpers.progress import track
 from ood_helpers.registry import Registry
 from ood_helpers.statistics import class_means
 
-
-@dataclass(frozen=True)
-class MappedBank:
-    """A bank whose shards are changed by a function when they are read."""
-
-    bank: Bank
-    function: Callable[[FeatureBank], FeatureBank]
-
-    def __len__(self) -> int:
-        return len(self.bank)
-
-    def shards(self) -> Iterator[FeatureBank]:
-        return map(self.function, self.bank.shards())
+OF_ROWS = ("detector", "network", "label")  # keys of a row that are not hyper-parameters
 
 
-DETECTORS = Registry("detector", folder="detectors")  # name -> class
+def _check_class(name: str, cls: "type[Detector]") -> None:
+    """Raise InputError for a class whose hyper-parameters or whose title would not be seen."""
+    wrong = f"The detector {name!r}: {cls.__qualname__}"
+    if "__dataclass_fields__" not in vars(cls):
+        raise InputError(f"{wrong} is not a dataclass, expected one; put @dataclass above it.")
+    known = {field.name for field in fields(cls)}
+    if "title" in known or cls.title == Detector.title:
+        raise InputError(f"{wrong} has no title, expected its name in tables as title: ClassVar[str].")
+    for reserved in known.intersection(OF_ROWS):
+        raise InputError(
+            f"{wrong} has a hyper-parameter {reserved!r}, a key of every row; choose another name."
+        )
+
+
+DETECTORS = Registry("detector", folder="detectors", check=_check_class)  # name -> class
 FAMILIES = Registry("detector", folder="detectors")  # name before a dot -> class for several methods
 
 
@@ -49,7 +51,8 @@ class Detector:
     Nothing that depends on a hyper-parameter outlives a change of it: set a field after `fit` and the next
     score uses it. Scores are float64, on the device of the bank that is scored: features and logits come to `_score`
     as float64, so that rounding ties no samples. With `float32_on_cuda` a float32 bank on CUDA comes as it is, for the
-    kernels, and its scores agree with those of the CPU to float32 rounding.
+    kernels, and its scores agree with those of the CPU to float32 rounding. What `_fit` learns is on the CPU; `_score` moves
+    it to the shard, as in `self.means_.to(shard.features)`.
 
     What a method needs beyond banks and heads it declares, in class variables or properties of their names.
     """
@@ -57,15 +60,17 @@ class Detector:
     title: ClassVar[str] = "Detector"
     source: ClassVar[str] = ""
     softmax: ClassVar[str] = "flat"  # of the head that is scored; "group" = one for each group of classes
-    default_network: ClassVar[str] = ""  # of an experiment; empty = the backbone
-    fit_set: ClassVar[str] = "train"  # the image set whose bank `fit` takes; any other is a leak
+    default_network: ClassVar[str] = ""  # scored where the row names none; empty = the backbone
+    fit_set: ClassVar[str] = "train"  # whose bank `fit` takes; "test" is a leak, and the title has to say so
     needs_images: ClassVar[bool] = False  # whether `score_samples` takes an ImageBank
     needs_training_images: ClassVar[bool] = False  # whether `fit` takes an ImageBank, too
     needs_background: ClassVar[bool] = False  # whether banks must hold the logit of a background class
-    tuned_against: ClassVar[str] = ""  # what a method that tunes itself holds the validation images against
+    tuned_against: ClassVar[str] = (
+        ""  # the outliers that a method tunes itself with, beside the validation images
+    )
     extra_passes: ClassVar[int] = 0  # forward and backward passes per image beyond the one in its bank
     float32_on_cuda: ClassVar[bool] = False  # whether scoring goes through a Triton kernel there
-    joined_features: ClassVar[int] = 0  # numbers up to which shards are scored as one, where that is faster
+    joined_features: ClassVar[int] = 0  # shards are scored together up to so many feature values
 
     def __post_init__(self) -> None:
         self._check()
@@ -146,9 +151,9 @@ class Detector:
         Raises
         ------
         InputError : not fitted; a hyper-parameter out of range; sizes differ from the head's; NaN or infinite
-            features, logits or scores
+            features, logits or scores; other than one score per sample
         """
-        return self._over_shards(bank, self._score, "scores")
+        return self._over_shards(bank, self._one_per_sample, "scores")
 
     def threshold(self, id_scores: Tensor, tpr: float = 0.95) -> float:
         """The largest threshold that accepts at least the fraction `tpr` of the ID scores; see metrics."""
@@ -171,6 +176,15 @@ class Detector:
 
     def _fit(self, train_bank: Bank) -> None:
         """Learn what the method needs from the training bank; `head_` is set."""
+
+    def _one_per_sample(self, shard: FeatureBank) -> Tensor:
+        scores = self._score(shard)
+        if scores.shape != (len(shard),):
+            raise InputError(
+                f"{self.title}: _score gave a tensor of shape {tuple(scores.shape)} for {len(shard)} samples, expected one "
+                "score per sample."
+            )
+        return scores
 
     def _score(self, shard: FeatureBank) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has to define _score(shard): one score per sample")

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ood_helpers.banks import Bank, FeatureBank
-from ood_helpers.detectors.base import DETECTORS, Detector, MappedBank
+from ood_helpers.banks import Bank, FeatureBank, MappedBank
+from ood_helpers.detectors.base import DETECTORS, Detector
 from ood_helpers.errors import InputError
 
 TEMPLATES = {"train": "train", "test_leak": "test"}  # value of the hyper-parameter -> image set

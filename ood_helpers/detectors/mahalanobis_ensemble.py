@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ood_helpers.backbones.pixels import PixelNetwork, fgsm, input_gradient, step_by_sign
-from ood_helpers.banks import Bank, FeatureBank, with_images
-from ood_helpers.detectors.base import DETECTORS, Detector, MappedBank
+from ood_helpers.banks import Bank, FeatureBank, MappedBank, with_images
+from ood_helpers.detectors.base import DETECTORS, Detector
 from ood_helpers.detectors.mahalanobis import ClassGaussians
 from ood_helpers.detectors.odin import error_margin
 from ood_helpers.errors import InputError

@@ -177,7 +177,7 @@ class StoredMaps:
         kinds = record["classes"]
         if label not in kinds:
             raise InputError(
-                f"Maps of the {label} classes were asked of {record['set']}, which has those of the "
+                f"Found a request for maps of the {label} classes of {record['set']}, which has those of the "
                 f"{' and '.join(kinds)} ones; choose one of these."
             )
         column = kinds.index(label)

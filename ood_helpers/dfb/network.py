@@ -10,10 +10,10 @@ from ood_helpers.dfb.activation_maps import ClassMaps, StoredMaps, stored_maps
 from ood_helpers.dfb.pseudo_masks import PseudoMasks, stored_masks
 from ood_helpers.dfb.recipe import DenseCheckpoint, DenseRecipe
 from ood_helpers.dfb.training import MaskedSet, dense_logits, evaluate_dense, on_map, train_dense
-from ood_helpers.mos.network import FineTunedNetwork
 from ood_helpers.networks.backbone import pass_to_maps
 from ood_helpers.networks.background import BackgroundOutput
 from ood_helpers.networks.base import NETWORKS
+from ood_helpers.networks.fine_tuned import FineTunedNetwork
 from ood_helpers.storage import Entry
 from ood_helpers.training.batches import load_images
 from ood_helpers.training.fine_tuning import reorder

@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ood_helpers.banks import Head
-from ood_helpers.config.base import CONFIG_DIRECTORY, read_yaml, yaml_path
+from ood_helpers.config.base import read_yaml
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.kernels.group_score import log_odds
-from ood_helpers.mos.recipe import GroupsRecipe
-
-GROUP_DIRECTORY = CONFIG_DIRECTORY / "groups"
+from ood_helpers.mos.recipe import GroupsRecipe, group_path
 
 
 def _index(compute: Callable[["Groups"], Tensor]) -> cached_property:
@@ -199,16 +197,6 @@ def make_groups(
     return random_groups(num_classes, recipe.number, recipe.seed)
 
 
-def group_path(file: str | Path) -> Path:
-    """The path of a group file: `file` is a name in configs/groups/ (without .yaml), or a path to a YAML file.
-
-    Raises
-    ------
-    InputError : there is none
-    """
-    return yaml_path(file, GROUP_DIRECTORY, "group file")
-
-
 def read_groups(file: str | Path, class_names: Sequence[str] | None, num_classes: int) -> Groups:
     """Read a group file: `source`, where the grouping comes from, and `groups`, {name: [class, ...]}, in the order of the
     head's columns.
@@ -274,7 +262,7 @@ def kmeans_groups(means: Tensor, number: int, seed: int) -> Groups:
     distinct = len(np.unique(points, axis=0))
     if number > distinct:
         raise InputError(
-            f"{number} clusters were asked of {distinct} different class means, so that some would be empty; lower it."
+            f"{number} clusters of {distinct} different class means would leave some empty, expected at most {distinct}; lower number."
         )
     clusters = KMeans(number, n_init=10, random_state=seed).fit_predict(points)
     members = sorted(np.flatnonzero(clusters == cluster).tolist() for cluster in range(number))
@@ -296,7 +284,7 @@ def random_groups(num_classes: int, number: int, seed: int) -> Groups:
 def _check_number(number: int, num_classes: int) -> None:
     if number > num_classes:
         raise InputError(
-            f"{number} groups were asked of {num_classes} classes, expected a class in each; lower number."
+            f"{number} groups of {num_classes} classes would leave some empty, expected at most {num_classes}; lower number."
         )
 
 

@@ -1,65 +1,24 @@
 """The networks of MOS and of its baselines: the backbone with a new head, a group or a flat softmax."""
 
-import copy
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
 from ood_helpers.backbones.base import Classifier
-from ood_helpers.banks import Bank, Head, HeadBank
+from ood_helpers.banks import Head
 from ood_helpers.data.imagenet import devkit_to_sorted
 from ood_helpers.files import sha256_of_json
 from ood_helpers.mos.groups import GroupHead, Groups, make_groups
 from ood_helpers.mos.recipe import ClassifierCheckpoint, ClassifierRecipe
 from ood_helpers.mos.training import fine_tune, train_head
-from ood_helpers.networks.base import NETWORKS, DerivedNetwork, once
+from ood_helpers.networks.base import NETWORKS, once
+from ood_helpers.networks.fine_tuned import FineTunedNetwork
 from ood_helpers.statistics import class_means
 from ood_helpers.storage import DIGITS, Entry
-from ood_helpers.training.fine_tuning import reorder, zero_head
-
-
-class FineTunedNetwork(DerivedNetwork):
-    """The backbone with a new head, zero at the start, fine-tuned by the recipe of BiT."""
-
-    def _num_logits(self) -> int:
-        return self.context.config.id.num_classes
-
-    def _untrained(self) -> Classifier:
-        network = copy.deepcopy(self.backbone.model())
-        network.head = zero_head(network.feature_dim, self._num_logits())
-        return network
-
-    def settings(self) -> dict[str, Any]:
-        settings = super().settings()
-        if not self.trained_here:
-            return settings
-        images = len(self.context.image_sets["train"])
-        settings |= {"schedule": self.recipe.steps(images), "mixup": self.recipe.mixup_alpha(images)}
-        return settings | ({"approximation": self.approximation()} if self.approximation() else {})
-
-    def approximation(self) -> str:
-        images = len(self.context.image_sets["train"])
-        if not self.trained_here or self.recipe.images or self.recipe.exact_on_features(images):
-            return ""
-        return "mixup of features instead of images"
-
-    @functools.cached_property
-    def shares_features(self) -> bool:
-        """Whether its features are the backbone's, bit for bit."""
-        if self.trained_here:
-            return self.recipe.depth == 0
-        ours, theirs = self.model().state_dict(), self.backbone.model().state_dict()
-        return all(torch.equal(ours[name], theirs[name]) for name in ours if not name.startswith("head."))
-
-    @once
-    def bank(self, name: str) -> Bank:
-        if self.shares_features:
-            return HeadBank(self.backbone.bank(name), self._whole_head(), self.key(name))
-        return super().bank(name)
+from ood_helpers.training.fine_tuning import reorder
 
 
 @NETWORKS.register("classifier")
@@ -68,7 +27,7 @@ class ClassifierNetwork(FineTunedNetwork):
 
     recipe: ClassifierRecipe | ClassifierCheckpoint
 
-    @functools.cached_property
+    @once
     def groups(self) -> Groups | None:
         """The groups of a group softmax; None for a flat one."""
         recipe, run, classes = self.recipe.groups, self.context, self.context.config.id.num_classes
@@ -79,7 +38,7 @@ class ClassifierNetwork(FineTunedNetwork):
 
     def check(self) -> None:
         if self.recipe.groups is not None and self.recipe.groups.strategy == "taxonomy":
-            _ = self.groups  # reads the file
+            self.groups()  # reads the file
 
     def others_probability(self, ood_sets: Iterable[str]) -> pd.DataFrame:
         """How probable "others" is in each group of a group softmax, for the ID test images and some OOD sets.
@@ -90,7 +49,7 @@ class ClassifierNetwork(FineTunedNetwork):
         and mean, q25 and q75 (the quartiles) of p("others"), in [0, 1]
         """
         self.check_accuracy()
-        groups, sets, test = self.groups, {}, self.bank("test").load()
+        groups, sets, test = self.groups(), {}, self.bank("test").load()
         for number, name in enumerate(groups.names):
             own = groups.group_of_class[test.labels] == number
             if own.any():
@@ -106,12 +65,12 @@ class ClassifierNetwork(FineTunedNetwork):
         return pd.concat(tables, ignore_index=True)
 
     def _num_logits(self) -> int:
-        return super()._num_logits() if self.groups is None else self.groups.num_logits
+        return super()._num_logits() if self.groups() is None else self.groups().num_logits
 
     def _whole_head(self) -> Head:
-        if self.groups is None:
+        if self.groups() is None:
             return super()._whole_head()
-        return GroupHead.of(self.model(), groups=self.groups)
+        return GroupHead.of(self.model(), groups=self.groups())
 
     def _order_columns(self, head: nn.Linear) -> None:
         if self.recipe.class_numbering == "ilsvrc2012_devkit":
@@ -119,7 +78,7 @@ class ClassifierNetwork(FineTunedNetwork):
 
     def _train(self, network: Classifier) -> None:
         recipe, (train, held_out) = self._training_recipe(), self._id_sets()
-        how = {"recipe": recipe, "groups": self.groups, **self._training_options()}
+        how = {"recipe": recipe, "groups": self.groups(), **self._training_options()}
         if recipe.images is None:
             names = ["train", self._held_out()]
             banks = [functools.partial(self.backbone.bank, name) if name else None for name in names]
@@ -140,10 +99,10 @@ class ClassifierNetwork(FineTunedNetwork):
             self.backbone.model(),
             recipe=recipe.settings(),
             features={name: self.backbone.key(name) for name in names} if recipe.images is None else {},
-            groups=None if self.groups is None else self.groups.members,
+            groups=None if self.groups() is None else self.groups().members,
         )
 
     @once
     def key(self, name: str) -> str:
         key = super().key(name)
-        return key if self.groups is None else sha256_of_json([key, self.groups.members])[:DIGITS]
+        return key if self.groups() is None else sha256_of_json([key, self.groups().members])[:DIGITS]

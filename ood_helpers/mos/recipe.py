@@ -3,14 +3,27 @@
 Source: Huang and Li, "MOS", CVPR 2021, arXiv 2105.01879, sections 3 and 4.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from ood_helpers.config.base import Model
+from ood_helpers.config.base import CONFIG_DIRECTORY, Model, yaml_path
 from ood_helpers.config.images import ClassNumbering
 from ood_helpers.config.networks import RECIPES, CheckpointRecipe, NetworkRecipe
 from ood_helpers.training.recipes import FineTuningRecipe
+
+GROUP_DIRECTORY = CONFIG_DIRECTORY / "groups"
+
+
+def group_path(file: str | Path) -> Path:
+    """The path of a group file: `file` is a name in configs/groups/ (without .yaml), or a path to a YAML file.
+
+    Raises
+    ------
+    InputError : there is none
+    """
+    return yaml_path(file, GROUP_DIRECTORY, "group file")
 
 
 class TaxonomyGroups(Model):
@@ -48,6 +61,14 @@ class _Head(NetworkRecipe):
     @property
     def softmax(self) -> str:
         return "flat" if self.groups is None else "group"
+
+    @property
+    def scored_by(self) -> str:
+        return "msp" if self.groups is None else "mos"
+
+    @property
+    def other_files(self) -> list[Path]:
+        return [group_path(self.groups.file)] if isinstance(self.groups, TaxonomyGroups) else []
 
     def check(self, experiment: Any) -> None:
         number, classes = getattr(self.groups, "number", 1), experiment.id.num_classes

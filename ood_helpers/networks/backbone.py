@@ -28,7 +28,7 @@ class Backbone(Network):
 
     def __init__(self, context: Context, recipe: BackboneConfig | None = None) -> None:
         recipe = context.config.backbone if recipe is None else recipe
-        super().__init__(context, context.config.name, "backbone", recipe)
+        super().__init__(context, "", context.config.name, "backbone", recipe)
         self.trained_here = recipe.training is not None
 
     def _make(self) -> Classifier:

@@ -1,7 +1,7 @@
 """A network of an experiment: a classifier with its head, and a feature bank for every image set."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial, wraps
 from pathlib import Path
@@ -16,16 +16,17 @@ from ood_helpers.backbones.checkpoints import load_checkpoint, weights_fingerpri
 from ood_helpers.backbones.pixels import PixelNetwork
 from ood_helpers.banks import Bank, Head, ImageBank
 from ood_helpers.config.base import resolve_path
-from ood_helpers.config.experiment import ID_SETS, ExperimentConfig
+from ood_helpers.config.experiment import ExperimentConfig
 from ood_helpers.config.networks import NetworkRecipe
 from ood_helpers.data.image_set import ImageSet
 from ood_helpers.data.transforms import Transform, image_batches
 from ood_helpers.errors import InputError
 from ood_helpers.extract import bank_entry, extract, pass_batch_size
+from ood_helpers.image_sets import ImageSets
 from ood_helpers.registry import Registry
 from ood_helpers.statistics import accuracy
-from ood_helpers.storage import Entry, Store
-from ood_helpers.training.tracking import load_weights, saved_epochs
+from ood_helpers.storage import Entry, Store, notice
+from ood_helpers.training.tracking import DamagedWeights, load_weights, saved_epochs
 
 NETWORKS = Registry("network")  # training method -> network
 
@@ -38,16 +39,11 @@ class Context:
     seed: int
     device: torch.device
     store: Store
-    image_sets: Mapping[str, ImageSet]
+    image_sets: ImageSets
 
     @cached_property
     def transform(self) -> Transform:
         return Transform(**dict(self.config.transform))
-
-    @property
-    def id_names(self) -> list[str]:
-        """Those of train, validation and test that the config has."""
-        return [name for name in ID_SETS if getattr(self.config.id, name) is not None]
 
     @property
     def batch_size(self) -> int:
@@ -80,6 +76,7 @@ class Network:
 
     Parameters
     ----------
+    name : in the config; empty for the backbone
     title : for messages
     setting : the place in the config that describes it
     recipe : with the accuracy that it must reach
@@ -88,8 +85,9 @@ class Network:
     trained_here: bool
     code: tuple[Callable, ...] = ()  # functions that stand between its banks and what detectors see
 
-    def __init__(self, context: Context, title: str, setting: str, recipe: Any) -> None:
-        self.context, self.title, self.setting, self.recipe = context, title, setting, recipe
+    def __init__(self, context: Context, name: str, title: str, setting: str, recipe: Any) -> None:
+        self.context, self.name, self.title = context, name, title
+        self.setting, self.recipe = setting, recipe
         self.kept: dict[tuple, Any] = {}
 
     # ---- weights and training ---------------------------------------------------------------------------
@@ -129,7 +127,7 @@ class Network:
     def _entry_of_training(self, code: list, image_sets: tuple[str, ...] = (), **key: Any) -> Entry:
         """Where a training by some modules with the ID sets and others is kept."""
         run = self.context
-        names = *(name for name in run.id_names if name != "test"), *image_sets
+        names = *(name for name in run.image_sets.id_names() if name != "test"), *image_sets
         return run.store.entry(
             "models",
             code=code,
@@ -145,7 +143,7 @@ class Network:
         return {"seed": run.seed, "device": run.device, "directory": self.training_entry().directory}
 
     def _held_out(self) -> str | None:
-        return "validation" if "validation" in self.context.id_names else None
+        return "validation" if "validation" in self.context.image_sets.id_names() else None
 
     def _id_sets(self) -> tuple[ImageSet, ImageSet | None]:
         """The ID images to train on and to validate with."""
@@ -182,8 +180,21 @@ class Network:
 
     def _with_weights(self, path: Path) -> Classifier:
         network = self._untrained()
-        load_weights(network, path)
+        try:
+            load_weights(network, path)
+        except DamagedWeights:
+            notice(path)
+            self._train_again()
+            network = self._untrained()
+            load_weights(network, path)
         return network.eval().to(self.context.device)
+
+    def _train_again(self) -> None:
+        directory = self.training_entry().directory
+        for path in [*directory.glob("checkpoints/*"), directory / "weights.safetensors"]:
+            path.unlink(missing_ok=True)
+        self.kept.clear()
+        self.model()
 
     def _untrained(self) -> Classifier:
         """A new network in the form in which its training saves weights."""
@@ -248,7 +259,8 @@ class DerivedNetwork(Network):
     recipe: NetworkRecipe
 
     def __init__(self, context: Context, recipe: NetworkRecipe, name: str, backbone: "Network") -> None:
-        super().__init__(context, f"the network {name} of {context.config.name}", f"networks.{name}", recipe)
+        title = f"the network {name} of {context.config.name}"
+        super().__init__(context, name, title, f"networks.{name}", recipe)
         self.backbone, self.trained_here = backbone, recipe.trained_here
 
     def settings(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def expose(
     device: str | torch.device,
     directory: Path,
 ) -> pd.DataFrame:
-    """Train a classifier on with auxiliary outliers; see `ood_helpers.training.loop.train`.
+    """Continue the training of a classifier with auxiliary outliers; see `ood_helpers.training.loop.train`.
 
     The loss is c + weight U of a batch of ID images and `outlier_factor` as many outliers, which are cropped and flipped
     alike: c is that of `IDLoss`; U is the mean `uniform_cross_entropy` of the outliers (oe, doe), the sum of the

@@ -148,10 +148,13 @@ def train(
     if finished(directory):
         try:
             history = pd.read_csv(history_path)
+            complete = list(history.get("epoch", ())) == list(range(1, schedule.epochs + 1))
             load_weights(network, weights_path, signature)
             state_path.unlink(missing_ok=True)
             network.eval()
-            return history
+            if complete:
+                return history
+            notice(history_path)
         except DamagedWeights:
             notice(weights_path)
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError):
@@ -166,8 +169,10 @@ def train(
     scheduler = schedule.scheduler(optimizer)
     parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler, "state": state}
     parts = {name: part for name, part in parts.items() if part is not None}
-    history: list[dict[str, float]] = restore(parts, state_path, signature)
     kept = None if tracking is None else Track(directory, tracking, signature)
+    if kept is not None and not kept.readable():
+        state_path.unlink(missing_ok=True)
+    history: list[dict[str, float]] = restore(parts, state_path, signature)
     if kept is not None and not history:
         kept.begin(network)
 

@@ -72,6 +72,17 @@ class Track:
         if self.events is not None:
             self.events.close()
 
+    def readable(self) -> bool:
+        """Whether all checkpoints so far can be read; a notice names one that cannot."""
+        for path in self.directory.glob("checkpoints/*.safetensors"):
+            try:
+                with safetensors.safe_open(path, "pt"):
+                    pass
+            except (OSError, safetensors.SafetensorError):
+                notice(path)
+                return False
+        return True
+
     def _save(self, network: nn.Module, which: str | int) -> None:
         save_weights(network, checkpoint_path(self.directory, which), self.signature)
 
@@ -114,7 +125,7 @@ def load_weights(network: nn.Module, path: Path, signature: str | None = None) -
         weights = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError):
         raise DamagedWeights(
-            f"The weights {path} are damaged, expected those of a training; delete the folder of its training to train again."
+            f"The weights {path} are damaged, expected those of a training; delete the file to train again."
         ) from None
     if signature not in (None, found):
         _refuse_other_training(found, signature, path)

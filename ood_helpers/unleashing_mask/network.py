@@ -13,6 +13,8 @@ from ood_helpers.unleashing_mask.recipe import Estimate, UnleashingMaskRecipe
 from ood_helpers.unleashing_mask.training import prepare_masks, unleash
 from ood_helpers.unleashing_mask.weight_masks import apply_masks, detach_masks
 
+CONSTRAINT = "ood_helpers.unleashing_mask.loss_constraint"
+
 
 def loss_constraint(backbone: Backbone, estimate: Estimate, start: str | int = "last") -> LossConstraint:
     """The loss of a start network under random masks, on the ID training images; estimated on first use.
@@ -25,7 +27,7 @@ def loss_constraint(backbone: Backbone, estimate: Estimate, start: str | int = "
     image_set, settings = run.image_sets["train"], estimate.model_dump(exclude={"factor"})
     entry = run.store.entry(
         "estimates",
-        code=["ood_helpers.unleashing_mask.loss_constraint", type(network)],
+        code=[CONSTRAINT, type(network)],
         weights=weights_fingerprint(network),
         estimate=settings,
         images=image_set.fingerprint,
@@ -39,7 +41,7 @@ def loss_constraint(backbone: Backbone, estimate: Estimate, start: str | int = "
         )
         return {"draws": found.draws, "unmasked": found.unmasked}
 
-    stored = entry.json("loss_constraint", compute)
+    stored = entry.json("loss_constraint", compute, ("draws", "unmasked"))
     return LossConstraint(tuple(stored["draws"]), stored["unmasked"], estimate.keep_rate)
 
 
@@ -67,9 +69,7 @@ class ContinuedNetwork(DerivedNetwork):
     def training_entry(self) -> Entry:
         dropout = getattr(self.context.config.backbone, "dropout", 0.0)
         start = self.backbone.start(self.recipe.start)
-        return self._training_entry(
-            [self.training_module], start, dropout=dropout, constraint=self.constraint()
-        )
+        return self._training_entry([self.training_module, CONSTRAINT], start, dropout=dropout)
 
     def _make(self) -> Classifier:
         network = super()._make()

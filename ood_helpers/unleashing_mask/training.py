@@ -47,7 +47,7 @@ def unleash(
     device: str | torch.device,
     directory: Path,
 ) -> pd.DataFrame:
-    """Train a classifier on, by UM, or with masks by UMAP; see `ood_helpers.training.loop.train`.
+    """Continue the training of a classifier by UM, or learn masks by UMAP; see `ood_helpers.training.loop.train`.
 
     Dropout and batch norm are in train mode. Resumed where it was interrupted, and not repeated when it is finished.
 

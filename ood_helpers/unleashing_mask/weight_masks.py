@@ -64,7 +64,7 @@ class ScoreMask(nn.Module):
         self._mask: tuple[tuple, Tensor] | None = None
 
     def mask(self) -> Tensor:
-        """m, made anew only when the scores have changed."""
+        """m, computed again only when the scores have changed."""
         state = self.scores._version, self.scores.device, self.scores.data_ptr()
         if self._mask is None or self._mask[0] != state:
             self._mask = state, keep_largest(self.scores, self.dropped)

@@ -138,7 +138,7 @@ def test_an_ablation_of_lists_names_its_recipes_by_their_text():
 
 def test_an_ablation_that_no_longer_fits_can_be_left_out():
     fixed = "networks.um.id_loss.constraint=0.3"
-    with pytest.raises(InputError, match=r"leave it out with ablations\.loss_constraint=null"):
+    with pytest.raises(InputError, match=r"leave this ablation out: ablations\.loss_constraint=null"):
         load_config("digits", overrides=[fixed])
     others = [f"ablations.{name}=null" for name in ("loss_constraint", "estimate")]
     config = load_config("digits", overrides=[fixed, *others])

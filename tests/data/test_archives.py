@@ -87,7 +87,7 @@ def test_download(server, tmp_path):
 def test_dropped_connection_resumes(server, tmp_path, size):
     path, part = tmp_path / "file.bin", tmp_path / "file.bin.part"
     server.drop_after = 123_456
-    with pytest.raises(MissingDataError, match="123,456 bytes are kept, and the next run goes on there"):
+    with pytest.raises(MissingDataError, match="123,456 bytes are kept, and the next run resumes there"):
         fetch(f"{server.url}/file.bin", path, size=size, sha256=SHA256)
     assert not path.exists() and part.read_bytes() == CONTENT[:123_456]
     fetch(f"{server.url}/file.bin", path, size=size, sha256=SHA256)

@@ -225,7 +225,7 @@ def test_stored_maps_are_those_of_true_and_predicted_classes(network, tmp_path, 
         assert len(loaded) == 21 and loaded.size == (8, 6) and torch.equal(loaded.classes, classes)
         for found, wanted in zip(loaded.maps, expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    with pytest.raises(InputError, match="Maps of the guessed classes were asked of made"):
+    with pytest.raises(InputError, match="maps of the guessed classes of made"):
         stored.load("guessed")
 
 
@@ -246,7 +246,7 @@ def test_images_without_labels(network, tmp_path):
     assert torch.equal(loaded.classes, predicted)
     with pytest.raises(
         InputError,
-        match="Maps of the ground_truth classes were asked of made, which has those of the predicted",
+        match="maps of the ground_truth classes of made, which has those of the predicted",
     ):
         stored.load("ground_truth")
 

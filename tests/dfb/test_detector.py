@@ -248,7 +248,7 @@ def test_fitting_again_forgets_the_first_fit():
 
 def a_network(name):
     """What a row needs of a network with a background."""
-    return SimpleNamespace(recipe=DenseRecipe(), setting=f"networks.{name}")
+    return SimpleNamespace(recipe=DenseRecipe(), name=name)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def a_network(name):
 )
 def test_rows_of_a_config(name, settings, label, network):
     row = make_row(name, settings, a_network)
-    assert (row.name, row.label, row.network_name) == (name, label, network)
+    assert (row.name, row.label, row.network.name) == (name, label, network)
 
 
 def test_a_row_with_an_unknown_host():

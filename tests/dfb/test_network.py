@@ -206,7 +206,7 @@ def test_the_parts_of_a_row_are_found_in_the_config(run):
         ("dfb_energy", "energy", "energy_dfb"),
         ("dfb_odin", "odin", "odin_dfb"),
     ):
-        detector, network = run.row(row).detector, run.row(row).network_name
+        detector, network = run.row(row).detector, run.row(row).network.name
         assert run.row_of(detector.make_host(), "").name == on_backbone
         assert run.row_of(detector.make_host(), network).name == on_network
         assert (

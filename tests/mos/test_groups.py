@@ -11,7 +11,6 @@ import yaml
 from ood_helpers.config import load_config
 from ood_helpers.errors import InputError
 from ood_helpers.mos.groups import (
-    GROUP_DIRECTORY,
     GroupHead,
     Groups,
     kmeans_groups,
@@ -19,7 +18,7 @@ from ood_helpers.mos.groups import (
     random_groups,
     read_groups,
 )
-from ood_helpers.mos.recipe import KMeansGroups, RandomGroups, TaxonomyGroups
+from ood_helpers.mos.recipe import GROUP_DIRECTORY, KMeansGroups, RandomGroups, TaxonomyGroups
 
 SMALL = Groups(("first", "second"), ((0, 1, 2), (3, 4)))
 LOGITS = [
@@ -319,9 +318,9 @@ def test_kmeans_is_the_same_for_the_same_seed():
 
 
 def test_kmeans_refuses_empty_clusters():
-    with pytest.raises(InputError, match="5 groups were asked of 4 classes"):
+    with pytest.raises(InputError, match="5 groups of 4 classes would leave some empty"):
         kmeans_groups(torch.rand(4, 2), 5, seed=0)
-    with pytest.raises(InputError, match="3 clusters were asked of 2 different class means"):
+    with pytest.raises(InputError, match="3 clusters of 2 different class means"):
         kmeans_groups(torch.tensor([[0.0, 0], [1, 1], [0, 0], [1, 1]]), 3, seed=0)
 
 
@@ -334,7 +333,7 @@ def test_random_groups_are_even(number, sizes):
 
 def test_random_groups_depend_on_the_seed_only():
     assert random_groups(100, 8, 0) == random_groups(100, 8, 0) != random_groups(100, 8, 1)
-    with pytest.raises(InputError, match=r"11 groups were asked of 10 classes.* lower number"):
+    with pytest.raises(InputError, match=r"11 groups of 10 classes.* lower number"):
         random_groups(10, 11, 0)
 
 

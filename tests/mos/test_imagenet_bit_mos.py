@@ -140,8 +140,8 @@ def save_authors(path, state):
 
 def test_sets_are_those_of_the_lists_in_torchvisions_order(run):
     run.check()
-    assert {name: len(run.image_set(name)) for name in run.context.id_names} == dict.fromkeys(
-        run.context.id_names, 1000
+    assert {name: len(run.image_set(name)) for name in run.context.image_sets.id_names()} == dict.fromkeys(
+        run.context.image_sets.id_names(), 1000
     )
     assert run.image_set("test").files[0] == "val/0.png"
     assert run.image_set("test").labels[[0, 448]].tolist() == [278, 0]  # n02119789, n01440764
@@ -151,7 +151,7 @@ def test_sets_are_those_of_the_lists_in_torchvisions_order(run):
 @pytest.mark.parametrize("name", ["flat", "group"])
 def test_checkpoints_share_the_banks_and_are_as_accurate_as_expected(run, name):
     network = run.network(name)
-    assert network.shares_features and isinstance(network.bank("test"), HeadBank)
+    assert network.shares_features() and isinstance(network.bank("test"), HeadBank)
     assert network.bank("SUN").bank is run.bank("SUN")
     assert network.check_accuracy() == 75 == run.config.networks[name].expected_accuracy
 
@@ -176,7 +176,7 @@ def test_a_checkpoint_with_other_backbone_weights_has_banks_of_its_own(folder, r
     state = run.network("flat").model().state_dict()
     save_authors(path, state | {"norm.weight": 2 * state["norm.weight"], "norm.bias": 2 * state["norm.bias"]})
     network = open_on(folder, f"networks.flat.checkpoint={path}").network("flat")
-    assert not network.shares_features
+    assert not network.shares_features()
     own, shared = network.bank("SUN"), run.bank("SUN")
     assert isinstance(own, StoredBank) and own.key != shared.key
     torch.testing.assert_close(own.load().features, 2 * shared.load().features)
@@ -184,8 +184,8 @@ def test_a_checkpoint_with_other_backbone_weights_has_banks_of_its_own(folder, r
 
 def test_group_head_has_the_authors_layout(run):
     network = run.network("group")
-    assert network.groups.others.tolist() == OTHERS and network.head().num_logits == 1008
-    assert network.groups.names[0] == "animal" and network.groups.names[7] == "plant"
+    assert network.groups().others.tolist() == OTHERS and network.head().num_logits == 1008
+    assert network.groups().names[0] == "animal" and network.groups().names[7] == "plant"
     logits = network.bank("test").load().logits.double()
     ends = [*OTHERS[1:], 1008]
     others = [logits[:, start:end].softmax(dim=1)[:, 0] for start, end in zip(OTHERS, ends)]

@@ -54,7 +54,7 @@ def test_a_head_trained_on_features_shares_the_banks(run):
     network = run.network("group")
     bank, head = network.bank("letters"), network.head()
     assert isinstance(bank, HeadBank) and bank.bank is run.bank("letters")
-    assert head.num_logits == 10 + network.groups.num_groups and head.num_classes == 10
+    assert head.num_logits == 10 + network.groups().num_groups and head.num_classes == 10
     own, base = bank.load(), run.bank("letters").load()
     assert torch.equal(own.features, base.features) and own.taps.keys() == base.taps.keys()
     torch.testing.assert_close(own.logits, base.features @ head.weight.T + head.bias)
@@ -78,7 +78,7 @@ def test_accuracy_is_that_of_the_classes(run):
     right = []
     for logits, label in zip(bank.logits.double(), bank.labels.tolist()):
         best = {}
-        for members, (start, end) in zip(network.groups.members, network.groups.slices):
+        for members, (start, end) in zip(network.groups().members, network.groups().slices):
             best |= dict(zip(members, logits[start:end].softmax(0)[1:].tolist()))
         right.append(max(best, key=best.get) == label)
     assert network.check_accuracy() == pytest.approx(100 * np.mean(right))
@@ -92,7 +92,7 @@ def test_rows_name_their_network(folder):
         "mos_kmeans: {detector: mos, network: kmeans, label: 'MOS, k-means'}}",
         "networks.kmeans={groups: {strategy: kmeans, number: 3}}",
     ).rows()
-    assert [row.network_name for row in rows.values()] == ["group", "", "flat", "kmeans"]
+    assert [row.network.name for row in rows.values()] == ["group", "", "flat", "kmeans"]
     assert [row.label for row in rows.values()] == ["MOS", "MSP", "MSP (flat)", "MOS, k-means"]
 
 
@@ -174,7 +174,7 @@ def test_mixup_of_features_is_an_approximation(run, change, approximation):
 
 def test_deeper_fine_tuning_has_banks_of_its_own(run):
     network = run.network(IMAGES)
-    assert not network.shares_features
+    assert not network.shares_features()
     bank = network.bank("letters")
     assert isinstance(bank, StoredBank) and bank.key != run.bank("letters").key
     assert not torch.allclose(bank.load().features, run.bank("letters").load().features)
@@ -200,7 +200,7 @@ def test_a_checkpoint_in_place_of_training(run, folder, name):
     groups_too = "groups: {strategy: taxonomy, file: digits}, " if name == "group" else ""
     loaded = small(folder, f"networks.{name}={{{groups_too}checkpoint: '{path}'}}", "ablations={}")
     network = loaded.network(name)
-    assert network.shares_features and network.history() is None and network.approximation() == ""
+    assert network.shares_features() and network.history() is None and network.approximation() == ""
     assert torch.equal(network.head().weight, made.head().weight)
     assert network.check_accuracy() == made.check_accuracy()
     assert network.settings()["checkpoint"] == f"{name}.pth.tar"
@@ -210,7 +210,7 @@ def test_a_checkpoint_with_another_backbone_has_banks_of_its_own(run, folder):
     weight = run.backbone.model().state_dict()["conv1.weight"].cpu() * 1.1
     path = checkpoint_of(run.network("flat"), folder / "other.pth", **{"module.conv1.weight": weight})
     network = run.network(ClassifierCheckpoint(checkpoint=path))
-    assert not network.shares_features and isinstance(network.bank("noise"), StoredBank)
+    assert not network.shares_features() and isinstance(network.bank("noise"), StoredBank)
 
 
 def test_the_guard_catches_a_head_in_another_order(run, folder):
@@ -320,7 +320,7 @@ def test_devkit_columns_come_into_the_order_of_labels():
 
 def test_networks_without_any_in_the_config(folder):
     run = small(folder, "networks={}", "outliers=null", "detectors={msp: {}}", "ablations={}")
-    assert run.network("group").groups.names == ("cluster 1", "cluster 2", "cluster 3")
+    assert run.network("group").groups().names == ("cluster 1", "cluster 2", "cluster 3")
     assert run.row("mos").network is run.network("group")
     with pytest.raises(InputError, match="No network 'grup' in digits; did you mean 'group'"):
         run.network("grup")
@@ -344,7 +344,7 @@ def test_comparison_of_networks(run):
 
 def test_probability_of_others_by_set_and_group(run):
     network = run.network("group")
-    table, groups = network.others_probability(run.ood_sets()), network.groups
+    table, groups = network.others_probability(run.ood_sets()), network.groups()
     assert len(table) == (groups.num_groups + 5) * groups.num_groups
     of_group = np.array([line.set.endswith(f": {line.group}") for line in table.itertuples()])
     own = table[of_group]

@@ -92,14 +92,17 @@ def test_a_best_epoch_before_the_interruption_is_kept(tmp_path):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-def test_a_damaged_best_epoch_is_not_replaced_by_the_last(tmp_path):
+def test_a_damaged_best_epoch_is_not_replaced_by_the_last(tmp_path, capsys):
     options = {"tracking": Tracking(scored_epoch="best")}
     with pytest.raises(StopIteration):
         run(tmp_path, validate=accuracy_by_epoch([50, 70, 60]), **options)
     checkpoint_path(tmp_path, "best").write_bytes(b"")
-    with pytest.raises(InputError, match=r"best\.safetensors are damaged, .* delete the folder"):
-        run(tmp_path, validate=accuracy_by_epoch([65]), **options)
-    assert not (tmp_path / "weights.safetensors").exists()
+    history = run(tmp_path, validate=accuracy_by_epoch([50, 70, 60, 65]), **options)
+    assert "best.safetensors is damaged and computed again" in capsys.readouterr().err
+    assert history.validation_accuracy.tolist() == [50, 70, 60, 65]  # all epochs
+    assert same_weights(
+        stored(tmp_path, "best"), safetensors.torch.load_file(tmp_path / "weights.safetensors")
+    )
 
 
 def test_weights_of_a_training_by_hand(tmp_path):
@@ -107,7 +110,7 @@ def test_weights_of_a_training_by_hand(tmp_path):
     network = make_network()
     load_weights(network, checkpoint_path(tmp_path, "last"))
     assert same_weights(network.state_dict(), stored(tmp_path, "last"))
-    with pytest.raises(InputError, match="damaged, expected those of a training; delete the folder"):
+    with pytest.raises(InputError, match="damaged, expected those of a training; delete the file"):
         load_weights(network, checkpoint_path(tmp_path, 7))
     with pytest.raises(InputError, match="weights of another network"):
         load_weights(nn.Linear(2, 2), checkpoint_path(tmp_path, "last"))
