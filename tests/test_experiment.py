@@ -132,13 +132,13 @@ def test_killed_at_any_point_and_started_again_ends_in_the_same_table(finished, 
     folder, _ = finished
     generator, kills = random.Random(7), 0
     command = [sys.executable, "-c", SCRIPT, str(PROJECT_ROOT / "tests"), str(tmp_path)]
-    for wait in (None, None, None, 300):
+    for wait in (None, None, 300):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         if wait is None:
             begin = time.monotonic()
             while not any(tmp_path.iterdir()) and process.poll() is None and time.monotonic() - begin < 60:
                 time.sleep(0.02)
-            time.sleep(generator.uniform(0.1, 2.5))
+            time.sleep(generator.uniform(0.5, 2.5))
             kills += process.poll() is None
             os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
             process.wait()

@@ -415,7 +415,7 @@ def every_figure(rng, classes: int, sets: dict[str, str], methods: list[str]) ->
 
 @pytest.mark.parametrize(
     ("classes", "count", "methods"),
-    [(10, 5, METHODS), (2, 1, ["MSP"]), (100, 2, ["MSP", "LINe"]), (10, 6, MANY)],
+    [(2, 1, ["MSP"]), (100, 6, MANY)],
 )
 def test_every_figure_is_complete_and_readable(rng, classes, count, methods):
     sets = dict(list(SETS.items())[:count])
@@ -442,14 +442,16 @@ def test_every_figure_is_complete_and_readable(rng, classes, count, methods):
 
 
 def test_saving_twice_gives_the_same_bytes(rng, tmp_path):
-    for name, figure in every_figure(rng, 3, {"SVHN": "far"}, METHODS[:2]).items():
+    figures = every_figure(rng, 3, {"SVHN": "far"}, METHODS[:2])
+    kinds = [*list(figures)[::6], "tuning_effect"]  # all are saved by one function
+    for name, figure in ((name, figures[name]) for name in kinds):
         first = [path.read_bytes() for path in plots.save_figure(figure, tmp_path / "first", name)]
         second = [path.read_bytes() for path in plots.save_figure(figure, tmp_path / "second", name)]
         assert first == second, name
         assert b"Software" not in first[0] and b"Matplotlib" not in first[1] and b"<dc:date>" not in first[1]
     names = {path.name for path in (tmp_path / "first").iterdir()}
     assert (
-        len(names) == 2 * 45 and {"tuning_effect.png", "tuning_effect.svg"} <= names
+        len(names) == 2 * len(kinds) and {"tuning_effect.png", "tuning_effect.svg"} <= names
     )  # no temporary file stays
     with Image.open(tmp_path / "first" / "tuning_effect.png") as image:
         assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1) and image.width == 1050

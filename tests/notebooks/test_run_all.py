@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from complete_runs import check_outputs, few_steps, run_all
+from complete_runs import check_outputs, few_steps, folders, run_all
 
 from ood_helpers.config import PROJECT_ROOT, load_config
 from ood_helpers.runner import notebook_names
@@ -62,24 +62,6 @@ def test_digits_run_from_nothing_to_the_report(digits):
     assert "small demonstration" in output  # honest about what it is
 
 
-def test_a_second_run_has_nothing_to_do_and_says_so(digits):
-    folder, arguments, _ = digits
-    manifest = folder / "figures" / "digits" / "manifest.json"
-    before = manifest.read_bytes()
-    status, output = run_all(folder, *arguments)
-    assert status == 0 and output.count("up to date") == len(notebook_names())
-    assert manifest.read_bytes() == before
-
-
-def test_a_failing_notebook_gives_exit_status_1_and_names_cell_and_error(digits):
-    folder, arguments, _ = digits
-    wrong = ["backbone.expected_accuracy=3", "backbone.tolerance=0.5"]
-    status, output = run_all(folder, *arguments, "--set", *wrong, "--only", "02_backbone", "03_precompute")
-    assert status == 1
-    assert re.search(r"02_backbone\s+failed.*cell \d+: InputError: The ID accuracy of digits is", output)
-    assert re.search(r"03_precompute\s+skipped: it needs 02_backbone", output)
-
-
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """Runs run_all.py in this process; status and output."""
@@ -92,6 +74,25 @@ def command(tmp_path, monkeypatch, capsys):
         return stop.value.code, output.out + output.err
 
     return run
+
+
+def test_a_second_run_has_nothing_to_do_and_says_so(digits, command):
+    folder, arguments, _ = digits
+    manifest = folder / "figures" / "digits" / "manifest.json"
+    before = manifest.read_bytes()
+    status, output = command(*folders(folder), *arguments)
+    assert status == 0 and output.count("up to date") == len(notebook_names())
+    assert manifest.read_bytes() == before
+
+
+def test_a_failing_notebook_gives_exit_status_1_and_names_cell_and_error(digits, command):
+    folder, arguments, _ = digits
+    wrong = ["backbone.expected_accuracy=3", "backbone.tolerance=0.5"]
+    chosen = ["--only", "02_backbone", "03_precompute"]
+    status, output = command(*folders(folder), *arguments, "--set", *wrong, *chosen)
+    assert status == 1
+    assert re.search(r"02_backbone\s+failed.*cell \d+: InputError: The ID accuracy of digits is", output)
+    assert re.search(r"03_precompute\s+skipped: it needs 02_backbone", output)
 
 
 @pytest.mark.parametrize(
