@@ -101,7 +101,7 @@ def _settle(figure: Figure) -> None:
         axis.set_major_locator(FixedLocator(axis.get_majorticklocs()))
     # the first pass measured the tick labels of the places before it
     figure.get_layout_engine().execute(figure)
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)  # or each saving would draw twice
     figure.dpi = shown
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pandas as pd
-from labels import LABELS
 
 from ood_helpers.config import PROJECT_ROOT
 from ood_helpers.results import COLUMNS
@@ -59,9 +58,9 @@ def run_all(folder, *arguments):
     return finished.returncode, finished.stdout + finished.stderr
 
 
-def check_outputs(folder, name, sets, related, labels=LABELS, ablated=(), left_out=frozenset()):
+def check_outputs(folder, name, sets, related, labels, ablated):
     """What every complete run leaves; `related` sets resemble those tuned on, `labels` are those of the rows, `ablated`
-    the figures of ablations, notebooks `left_out` did not run. Returns the results of the defaults."""
+    the figures of ablations."""
     results = pd.read_csv(folder / "runs" / name / "results.csv")
     assert list(results.columns) == COLUMNS
     assert set(results.method) == set(labels) | {f"{label} (tuned)" for label in TUNED & set(labels)}
@@ -72,10 +71,9 @@ def check_outputs(folder, name, sets, related, labels=LABELS, ablated=(), left_o
     assert results[tuned].tuned_on.notna().all()
     tune_themselves = {"Mahalanobis (ensemble)", "Mahalanobis (ensemble, flat)"}
     assert set(results[~tuned & results.tuned_on.notna()].method) == tune_themselves & set(labels)
-    results = results[~tuned]
     manifest = json.loads((folder / "runs" / name / "manifest.json").read_text())
     done = {name for name, how in manifest["notebooks"].items() if how == "done"}
-    assert done == set(notebook_names()) - left_out
+    assert done == set(notebook_names())
     assert set(manifest["inputs"]["seed0"]["banks"]) == {"train", "validation", "test", "tuning", *sets}
     figures = {path.name for path in (folder / "figures" / name).iterdir()}
     assert set(manifest["outputs"]) == figures - {"manifest.json"}
@@ -86,15 +84,12 @@ def check_outputs(folder, name, sets, related, labels=LABELS, ablated=(), left_o
         *(f"15_unleashing_mask_{what}" for what in ("constraint", "training", "along_um", "along_umap")),
         *(f"15_unleashing_mask_{what}" for what in ("stages", "scores_auroc", "histograms")),
         *(f"15_unleashing_mask_{what}" for what in ("forgotten_um", "forgotten_images")),
-        *("20_ablations_sensitivity", "20_ablations_sample_size", "30_results"),
-        *(
-            f"30_results_{what}"
-            for what in ("paired_differences", "mean_rank", "tuned", "fpr_conventions", "cost")
-        ),
+        *(f"16_outlier_exposure_{what}" for what in ("images", "training_um", "auroc", "selected")),
+        *("16_outlier_exposure_strategies_fpr95", "20_ablations_sensitivity", "20_ablations_sample_size"),
+        *("30_results", "30_results_paired_differences", "30_results_mean_rank", "30_results_tuned"),
+        *("30_results_fpr_conventions", "30_results_cost"),
     ]
-    parts = ("images", "training_um", "auroc", "selected", "strategies_fpr95")
-    stems += [f"16_outlier_exposure_{what}" for what in parts]
-    for stem in [stem for stem in [*stems, *ablated] if not stem.startswith(tuple(left_out))]:
+    for stem in [*stems, *ablated]:
         assert {f"{stem}.png", f"{stem}.svg"} <= figures
     for suffix in ("csv", "md", "tex"):
         assert {f"30_results_fpr95.{suffix}", f"30_results_tuned_auroc.{suffix}"} <= figures
@@ -104,4 +99,3 @@ def check_outputs(folder, name, sets, related, labels=LABELS, ablated=(), left_o
         assert (folder / "runs" / name / link).exists()
     assert report.count("data:image/png;base64,") == sum(figure.endswith(".png") for figure in figures)
     assert all(label in report for label in labels)
-    return results

@@ -1,12 +1,20 @@
-"""run_all.py on real CIFAR-10, from images to the report."""
+"""Real CIFAR-10: every row of the config, and the notebooks of the papers that train."""
 
+import json
+from pathlib import Path
+
+import nbformat
 import pytest
-from complete_runs import check_outputs, few_steps, run_all
+from complete_runs import TUNED, few_steps
+from IPython.core.interactiveshell import InteractiveShell
+from labels import LABELS
+from traitlets.config import Config
 
-from ood_helpers.runner import notebook_names
+from ood_helpers import studies
+from ood_helpers.config import PROJECT_ROOT
+from ood_helpers.experiment import Experiment
+from ood_helpers.report import write_manifest
 
-# They have nothing of their own to show on these images: the digits run through them.
-LEFT_OUT = {"00_start_here", "01_data_preparation", "16_outlier_exposure", "20_ablations"}
 SETS = {"SVHN", "Textures", "Tiny-ImageNet", "CIFAR-100"}
 SETTINGS = [
     "id.train.subset.first=200",
@@ -31,13 +39,29 @@ SETTINGS = [
 ]
 
 
-def test_from_images_to_the_report(shared, tmp_path):
-    settings = [*few_steps("cifar10", exposed=False), *SETTINGS]
-    chosen = [name for name in notebook_names() if name not in LEFT_OUT]
-    options = ["--config", "cifar10_npz", "--data-root", shared, "--only", *chosen]
-    status, output = run_all(tmp_path, *options, "--set", *settings)
-    assert status == 0, output
-    results = check_outputs(tmp_path, "cifar10_npz", SETS, related={"Tiny-ImageNet"}, left_out=LEFT_OUT)
+@pytest.fixture(scope="module")
+def parameters(shared, tmp_path_factory):
+    """Those of all notebooks."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    folders = {"run_dir": str(folder / "runs"), "figures_dir": str(folder / "figures")}
+    overrides = [*few_steps("cifar10", exposed=False), *SETTINGS]
+    return {
+        "experiment": "cifar10_npz",
+        "data_root": str(shared),
+        **folders,
+        "device": "cpu",
+        "overrides": overrides,
+    }
+
+
+def test_every_row_learns_from_real_images(parameters):
+    results = studies.collect_results(Experiment.open(**parameters))
+    tuned = results.method.str.endswith("(tuned)")
+    assert set(results[tuned].method) == {f"{label} (tuned)" for label in TUNED}
+    assert set(results[tuned].ood_set) == SETS - {"Tiny-ImageNet"}  # they were tuned on such images
+    results = results[~tuned]
+    assert list(dict.fromkeys(results.method)) == LABELS
+    assert set(results.groupby("method").ood_set.apply(frozenset)) == {frozenset(SETS)}
     assert results.n_id.eq(48).all() and results.n_ood.eq(16).all()
     flat = results.method.str.contains("flat") | (results.method == "MOS")
     dense = results.method.str.contains("dfb|DFB")  # five steps: too few to ask for more than that it runs
@@ -53,5 +77,29 @@ def test_from_images_to_the_report(shared, tmp_path):
     assert set(passes[passes > 0].index) == {"ODIN", "Mahalanobis (ensemble)"}
     published = results[results.published_fpr95.notna()]
     assert set(published.ood_set) == {"SVHN", "Textures"} and "Energy" in set(published.method)
-    manifest = (tmp_path / "runs" / "cifar10_npz" / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        ("13_mos", ("groups", "others")),
+        ("14_dfb", ("masks", "overlays", "parts", "hosts_auroc", "background_weight", "training")),
+        ("15_unleashing_mask", ("constraint", "along_um", "along_umap", "stages", "forgotten_images")),
+    ],
+)
+def test_a_notebook_runs_to_its_end(parameters, name, figures):
+    """In this process, after the rows: its networks are trained and its banks are there."""
+    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+    for cell in nbformat.read(PROJECT_ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            shell.run_cell(cell.source, silent=True).raise_error()
+        if "parameters" in cell.metadata.get("tags", ()):
+            shell.user_ns.update(parameters)
+    folder = Path(parameters["figures_dir"]) / "cifar10_npz"
+    assert {f"{name}_{what}.png" for what in figures} <= {path.name for path in folder.iterdir()}
+
+
+def test_the_manifest_names_no_path(parameters, shared):
+    run = Experiment.open(**parameters)
+    manifest = json.dumps(write_manifest(run, parameters, [0], {}))
     assert str(shared) not in manifest and "${data_root}" in manifest

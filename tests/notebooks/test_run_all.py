@@ -14,7 +14,7 @@ from ood_helpers.config import PROJECT_ROOT, load_config
 from ood_helpers.runner import notebook_names
 
 SETS = {"letters", "chimeras", "photographs", "textures", "noise"}
-# Some rows of each kind: figures of all take long to draw, and the run on CIFAR-10 has them all.
+# Some rows of each kind: figures of all take long to draw, and test_real_cifar10 scores them all.
 ROWS = {
     "msp": "MSP", "energy": "Energy", "odin": "ODIN", "mahalanobis": "Mahalanobis", "knn": "KNN", "vim": "ViM",
     "react": "ReAct", "dice": "DICE", "himplos": "HIMPLoS", "line": "LINe", "mos": "MOS", "msp_flat": "MSP (flat)",
