@@ -1,17 +1,12 @@
 """Real CIFAR-10: every row of the config, and the notebooks of the papers that train."""
 
 import json
-from pathlib import Path
 
-import nbformat
 import pytest
-from complete_runs import TUNED, few_steps
-from IPython.core.interactiveshell import InteractiveShell
+from complete_runs import TUNED, few_steps, run_cells
 from labels import LABELS
-from traitlets.config import Config
 
 from ood_helpers import studies
-from ood_helpers.config import PROJECT_ROOT
 from ood_helpers.experiment import Experiment
 from ood_helpers.report import write_manifest
 
@@ -88,15 +83,8 @@ def test_every_row_learns_from_real_images(parameters):
     ],
 )
 def test_a_notebook_runs_to_its_end(parameters, name, figures):
-    """In this process, after the rows: its networks are trained and its banks are there."""
-    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
-    for cell in nbformat.read(PROJECT_ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells:
-        if cell.cell_type == "code":
-            shell.run_cell(cell.source, silent=True).raise_error()
-        if "parameters" in cell.metadata.get("tags", ()):
-            shell.user_ns.update(parameters)
-    folder = Path(parameters["figures_dir"]) / "cifar10_npz"
-    assert {f"{name}_{what}.png" for what in figures} <= {path.name for path in folder.iterdir()}
+    """After the rows: its networks are trained and its banks are there."""
+    assert {f"{name}_{what}.png" for what in figures} <= run_cells(name, parameters)
 
 
 def test_the_manifest_names_no_path(parameters, shared):
