@@ -188,7 +188,10 @@ class Runner:
         record = self.executed(task).with_suffix(".json")
         if not (record.exists() and self.executed(task).exists()):
             return Outcome("not run")
-        kept = json.loads(record.read_text())
+        try:
+            kept = json.loads(record.read_text())
+        except ValueError:
+            return Outcome("not run")
         paths = {self.experiment.figures_root / name: found for name, found in kept["outputs"].items()}
         unchanged = all(path.exists() and sha256_of_file(path) == found for path, found in paths.items())
         current = unchanged and kept["fingerprint"] == self.fingerprint(task)

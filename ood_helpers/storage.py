@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from types import FunctionType, MappingProxyType
 from typing import Any
@@ -84,13 +85,20 @@ class Entry:
         return self._kept(f"{name}.json", read, write_json, compute)
 
     def table(self, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """The table of <name>.csv, as read from the file."""
+        """The table of <name>.csv, as read from the file, whose last line counts the others."""
+
+        def read(path: Path) -> pd.DataFrame:
+            text, _, count = path.read_text().rpartition("# lines: ")
+            if count != f"{text.count(chr(10))}\n":
+                raise ValueError
+            return pd.read_csv(StringIO(text))
 
         def write(path: Path, table: pd.DataFrame) -> None:
-            write_text(path, table.to_csv(index=False))
+            text = table.to_csv(index=False)
+            write_text(path, f"{text}# lines: {text.count(chr(10))}\n")
 
-        self._kept(f"{name}.csv", pd.read_csv, write, compute)
-        return pd.read_csv(self.directory / f"{name}.csv")
+        self._kept(f"{name}.csv", read, write, compute)
+        return read(self.directory / f"{name}.csv")
 
     def arrays(self, name: str, compute: Callable[[], tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
         """Arrays, and facts as JSON, of <name>.safetensors."""

@@ -102,6 +102,8 @@ def test_a_second_run_does_only_what_changed(notebooks, tmp_path):
     assert earlier(tmp_path, overrides=changed) == ["up to date", "out of date"]
     (tmp_path / "runs" / "digits" / "notebooks" / "01_first.ipynb").unlink()
     assert earlier(tmp_path, overrides=changed) == ["not run", "out of date"]
+    (tmp_path / "runs" / "digits" / "notebooks" / "02_second.json").write_text('{"finger')
+    assert earlier(tmp_path, overrides=changed) == ["not run", "not run"]
 
 
 def test_a_missing_figure_is_drawn_again(notebooks, tmp_path):

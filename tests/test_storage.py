@@ -55,6 +55,16 @@ def test_what_is_there_is_read_and_what_is_damaged_is_computed_again(tmp_path, c
     same(keep("value", lambda: pytest.fail("computed again")), value)
 
 
+@pytest.mark.parametrize("cut", [3, 7, 30])
+def test_a_table_that_has_lost_its_end_is_damaged(tmp_path, capsys, cut):
+    table = pd.DataFrame({"epoch": [0, 1, 2], "fpr95": [50.25, 25.5, 12.125]})
+    entry(tmp_path).table("value", lambda: table)
+    path = next(tmp_path.rglob("value.csv"))
+    path.write_bytes(path.read_bytes()[:-cut])
+    pd.testing.assert_frame_equal(entry(tmp_path).table("value", lambda: table), table)
+    assert "value.csv is damaged and computed again" in capsys.readouterr().err
+
+
 def test_a_key_is_its_inputs_settings_and_code(tmp_path):
     first = entry(tmp_path, size=3, weights="ab")
     assert first.directory == entry(tmp_path, weights="ab", size=3).directory

@@ -23,6 +23,8 @@ from ood_helpers.errors import InputError, nearest
 # A mapping that sets one of these to another value replaces the mapping that it would extend.
 CHOICES = ("source", "set", "architecture", "method", "strategy", "kind", "detector")
 
+OWN = ("name", "description")  # what a config does not take over from those that it extends
+
 
 def config_names() -> list[str]:
     """Names of the experiments in configs/."""
@@ -48,6 +50,7 @@ def load_config(
     path = yaml_path(experiment, CONFIG_DIRECTORY, "experiment")
     root = str(resolve_path(data_root or "data"))
     data = _substitute(_read(path, ()), root)  # a copy: what YAML anchors share is changed apart
+    data.setdefault("name", path.stem)
     for override in overrides:
         _apply_override(data, override)
     data = _substitute(data, root)
@@ -58,7 +61,7 @@ def load_config(
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> dict:
-    """The content of a config on top of the files that it extends; their paths are relative to its folder."""
+    """The content of a config on top of the files that it extends: paths relative to its folder, or names in configs/."""
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise InputError(f"{path} holds {type(data).__name__}, expected a mapping of experiment settings.")
@@ -69,13 +72,16 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict:
     merged: dict = {}
     for base in bases:
         ending = "" if base.endswith((".yaml", ".yml")) else ".yaml"
-        base_path = (path.parent / (base + ending)).resolve()
+        places = [(folder / (base + ending)).resolve() for folder in (path.parent, CONFIG_DIRECTORY)]
+        base_path = next((place for place in places if place.exists()), None)
+        if base_path is None:
+            raise InputError(
+                f"{path} extends {base}, but there is neither {places[0]} nor {places[1]}; correct the path."
+            )
         if base_path in (path, *extended_by):
             raise InputError(f"{path} extends {base}, which extends it in turn; remove one of the two.")
-        if not base_path.exists():
-            raise InputError(f"{path} extends {base}, but there is no {base_path}; correct the path.")
         merged = _merged(merged, _read(base_path, (path, *extended_by)))
-    return _merged(merged, data)
+    return _merged({key: value for key, value in merged.items() if key not in OWN}, data)
 
 
 def _merged(base: dict, changes: Mapping) -> dict:
@@ -115,6 +121,12 @@ def _apply_override(data: dict, override: str) -> None:
         raise InputError(
             f"The value of the setting {override!r} is not valid YAML; put text with brackets in quotes."
         ) from None
+    group, _, name = path.partition(".")
+    known = data.get("ablations") or {}
+    if group == "ablations" and value is None and name and name not in known:
+        raise InputError(
+            f"The setting {override!r} leaves out an ablation that is not there; {nearest(name, known)}"
+        )
     detectors = data.get("detectors") or {}
     if split_path(path, data)[0] not in ExperimentConfig.model_fields:
         row, _ = split_path(path, detectors)

@@ -26,6 +26,7 @@ from ood_helpers.image_sets import ImageSets
 from ood_helpers.registry import Registry
 from ood_helpers.statistics import accuracy
 from ood_helpers.storage import Entry, Store, notice
+from ood_helpers.training.loop import finished
 from ood_helpers.training.tracking import DamagedWeights, load_weights, saved_epochs
 
 NETWORKS = Registry("network")  # training method -> network
@@ -102,7 +103,7 @@ class Network:
 
     def ready(self) -> bool:
         """Whether its weights are there without any training."""
-        return not self.trained_here or (self.training_entry().directory / "weights.safetensors").exists()
+        return not self.trained_here or finished(self.training_entry().directory)
 
     @once
     def head(self) -> Head:
@@ -191,7 +192,7 @@ class Network:
 
     def _train_again(self) -> None:
         directory = self.training_entry().directory
-        for path in [*directory.glob("checkpoints/*"), directory / "weights.safetensors"]:
+        for path in [*directory.glob("checkpoints/*"), directory / "record.json"]:
             path.unlink(missing_ok=True)
         self.kept.clear()
         self.model()

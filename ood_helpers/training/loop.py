@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
 from ood_helpers.errors import InputError
-from ood_helpers.files import atomic_path, write_text
+from ood_helpers.files import atomic_path, sha256_of_file, write_json, write_text
 from ood_helpers.progress import track
 from ood_helpers.storage import notice
-from ood_helpers.training.tracking import DamagedWeights, Track, Tracking, load_weights, restore, save_weights
+from ood_helpers.training.tracking import Track, Tracking, load_weights, restore, save_weights
 
 Batch = tuple[Tensor, ...]
 EpochBatches = Callable[[int, torch.Generator], Iterable[Batch]]
@@ -85,8 +85,15 @@ class Schedule:
 
 
 def finished(directory: Path) -> bool:
-    """Whether a training in this directory has ended, so that its weights would be loaded."""
-    return (directory / "weights.safetensors").exists() and (directory / "history.csv").exists()
+    """Whether a training in this directory has ended, and its weights and history are as it left them."""
+    try:
+        return json.loads((directory / "record.json").read_text()) == _record(directory)
+    except (OSError, ValueError):
+        return False
+
+
+def _record(directory: Path) -> dict[str, str]:
+    return {name: sha256_of_file(directory / name) for name in ("weights.safetensors", "history.csv")}
 
 
 def train(
@@ -110,8 +117,9 @@ def train(
 
     The state after each epoch is kept in `directory`. A training that was killed resumes after the last one and ends in
     the weights of an uninterrupted training, bit for bit on the same machine, because all random numbers of an epoch
-    depend on (seed, epoch) alone. In the end weights.safetensors and history.csv are in `directory`; where both exist
-    they are loaded and nothing is trained. Damaged files are replaced by training again, with a notice.
+    depend on (seed, epoch) alone. In the end weights.safetensors, history.csv and record.json, which has the hashes of
+    both, are in `directory`; where they agree, weights and history are loaded and nothing is trained. Damaged files are
+    replaced by training again, with a notice.
 
     Parameters
     ----------
@@ -140,26 +148,19 @@ def train(
     """
     directory, device = Path(directory), torch.device(device)
     weights_path, history_path = directory / "weights.safetensors", directory / "history.csv"
-    state_path = directory / "training_state.pt"
+    state_path, record_path = directory / "training_state.pt", directory / "record.json"
     shape = schedule.shape if isinstance(schedule.shape, str) else "its own"
     facts = {**asdict(schedule), "shape": shape, "seed": seed, **(settings or {})}
     signature = json.dumps(facts, sort_keys=True)
     network.to(device=device, memory_format=torch.channels_last)
     if finished(directory):
-        try:
-            history = pd.read_csv(history_path)
-            complete = list(history.get("epoch", ())) == list(range(1, schedule.epochs + 1))
-            load_weights(network, weights_path, signature)
-            state_path.unlink(missing_ok=True)
-            network.eval()
-            if complete:
-                return history
-            notice(history_path)
-        except DamagedWeights:
-            notice(weights_path)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError):
-            notice(history_path)
-        weights_path.unlink()
+        load_weights(network, weights_path, signature)
+        state_path.unlink(missing_ok=True)
+        network.eval()
+        return pd.read_csv(history_path)
+    if record_path.exists():
+        notice(directory)
+        record_path.unlink()
 
     if tracking is not None and tracking.scored_epoch == "best" and validate is None:
         raise InputError(
@@ -210,6 +211,7 @@ def train(
         kept.end(network)
     write_text(history_path, pd.DataFrame(history).to_csv(index=False))
     save_weights(network, weights_path, signature)
+    write_json(record_path, _record(directory))
     state_path.unlink(missing_ok=True)
     network.eval()
     return pd.read_csv(history_path)

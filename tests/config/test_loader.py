@@ -211,7 +211,7 @@ tuning: null
 detectors: {line: {delta: 0.5}, knn: {k: 7}, mine: {detector: msp}}
 """
     config, base = written(mine=BASE + changes), load_config("digits")
-    assert (config.name, config.description) == ("mine", base.description)
+    assert (config.name, config.description) == ("mine", "")  # not those of the base
     assert config.transform.mean == (0.5, 0.5, 0.5) and config.transform.std == base.transform.std
     assert [ood.name for ood in config.ood] == ["noise"]  # a list is replaced
     assert config.outliers.images == base.outliers.images and config.tuning is None
@@ -240,11 +240,22 @@ ablations: null
 
 
 def test_later_files_of_a_list_come_on_top_of_earlier_ones(written):
-    first = BASE + "description: the first\nmetrics: {bootstrap_resamples: 7, bootstrap_seed: 1}\n"
-    second = "description: the second\nmetrics: {bootstrap_seed: 2}\n"
+    first = BASE + "metrics: {bootstrap_resamples: 7, bootstrap_seed: 1}\n"
+    second = "metrics: {bootstrap_seed: 2}\n"
     mine = written(mine="extends: [first, second]\nname: mine", first=first, second=second)
-    assert (mine.name, mine.description) == ("mine", "the second")
     assert (mine.metrics.bootstrap_resamples, mine.metrics.bootstrap_seed) == (7, 2)
+
+
+def test_a_config_without_a_name_has_that_of_its_file_and_writes_nowhere_else(written):
+    """It would write over the results of the one that it extends."""
+    assert written(mine="extends: digits").name == "mine"
+
+
+def test_an_ablation_that_is_not_there_cannot_be_left_out():
+    with pytest.raises(
+        InputError, match="leaves out an ablation that is not there; did you mean 'loss_constraint'"
+    ):
+        load_config("digits", overrides=["ablations.loss_constrain=null"])
 
 
 def test_two_files_may_extend_the_same_one(written):
@@ -255,7 +266,7 @@ def test_two_files_may_extend_the_same_one(written):
 
 def test_the_paths_of_a_base_are_relative_to_its_own_folder(written, tmp_path):
     (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "v1.0.yaml").write_text("extends: rows.yml\nname: mine")
+    (tmp_path / "parts" / "v1.0.yaml").write_text("extends: rows.yml\nname: v1")
     (tmp_path / "parts" / "rows.yml").write_text(BASE)
     assert written(mine="extends: parts/v1.0.yaml").name == "mine"
 
@@ -263,8 +274,8 @@ def test_the_paths_of_a_base_are_relative_to_its_own_folder(written, tmp_path):
 @pytest.mark.parametrize(
     ("texts", "sentence"),
     [
-        ({"mine": "extends: digitz"}, r"mine\.yaml extends digitz, but there is no .*digitz\.yaml; correct"),
-        ({"mine": "extends: [a]", "a": "extends: b"}, r"a\.yaml extends b, but there is no .*b\.yaml"),
+        ({"mine": "extends: digitz"}, r"mine\.yaml extends digitz, but there is neither .*digitz\.yaml nor .*digitz\.yaml; correct"),
+        ({"mine": "extends: [a]", "a": "extends: b"}, r"a\.yaml extends b, but there is neither .*b\.yaml"),
         ({"mine": "extends: mine"}, r"mine\.yaml extends mine, which extends it in turn"),
         ({"mine": "extends: a", "a": "extends: b", "b": "extends: mine"}, r"b\.yaml extends mine, which extends it"),
         ({"mine": "extends: a", "a": "- 1"}, r"a\.yaml holds list, expected a mapping"),

@@ -25,7 +25,11 @@ def same_weights(one: dict, other: dict) -> bool:
 
 def test_a_training_that_is_not_tracked_leaves_weights_and_history_alone(tmp_path):
     run(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.csv", "weights.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "history.csv",
+        "record.json",
+        "weights.safetensors",
+    ]
     assert saved_epochs(tmp_path) == {}
 
 
