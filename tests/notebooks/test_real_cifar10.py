@@ -12,13 +12,13 @@ from ood_helpers.report import write_manifest
 
 SETS = {"SVHN", "Textures", "Tiny-ImageNet", "CIFAR-100"}
 SETTINGS = [
-    "id.train.subset.first=200",
-    "id.test.subset.first=48",
+    "id.train.subset.first=180",
+    "id.test.subset.first=32",
     "id.validation.subset.first=24",
-    "tuning.images.subset.first=16",
-    *(f"ood.{name}.images.subset.first=16" for name in SETS),
+    "tuning.images.subset.first=12",
+    *(f"ood.{name}.images.subset.first=12" for name in SETS),
     "metrics.bootstrap_resamples=50",
-    "backbone.expected_accuracy=93.75",  # 45 of images 218 to 265
+    "backbone.expected_accuracy=93.75",  # 30 of images 218 to 249
     "backbone.tolerance=0.01",
     "mahalanobis_ensemble.noise=0.0005",
     "mahalanobis_ensemble.layers=[conv1, features]",
@@ -57,13 +57,13 @@ def test_every_row_learns_from_real_images(parameters):
     results = results[~tuned]
     assert list(dict.fromkeys(results.method)) == LABELS
     assert set(results.groupby("method").ood_set.apply(frozenset)) == {frozenset(SETS)}
-    assert results.n_id.eq(48).all() and results.n_ood.eq(16).all()
+    assert results.n_id.eq(32).all() and results.n_ood.eq(12).all()
     flat = results.method.str.contains("flat") | (results.method == "MOS")
     dense = results.method.str.contains("dfb|DFB")  # five steps: too few to ask for more than that it runs
     unleashed = results.method.str.contains(r"\+ UM", regex=True)
     own = ~flat & ~dense & ~unleashed
-    assert results[own].id_accuracy.unique().tolist() == pytest.approx([100 * 45 / 48], abs=1e-3)
-    assert results[flat].id_accuracy.between(89, 98).all() and results[flat].id_accuracy.nunique() <= 2
+    assert results[own].id_accuracy.unique().tolist() == pytest.approx([100 * 30 / 32], abs=1e-3)
+    assert results[flat].id_accuracy.between(80, 98).all() and results[flat].id_accuracy.nunique() <= 2
     assert results[dense].id_accuracy.nunique() == 1
     assert results[unleashed].id_accuracy.gt(80).all() and results[unleashed].id_accuracy.nunique() <= 2
     means = results[(results.group == "far") & (own | flat)].groupby("method").auroc.mean()
