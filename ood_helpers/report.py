@@ -5,11 +5,14 @@ import importlib.metadata
 import itertools
 import json
 import platform
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pandas as pd
+import torch
 import yaml
 
 from ood_helpers.backbones.checkpoints import weights_fingerprint
@@ -24,6 +27,19 @@ from ood_helpers.studies import bank_names
 
 PACKAGES = ["torch", "torchvision", "numpy", "scikit-learn", "pandas", "matplotlib", "safetensors"]
 PACKAGES += ["papermill", "pydantic"]
+
+
+def machine() -> dict[str, Any]:
+    """What the last digits of a training depend on beside its seed: processor, vector unit, threads, BLAS."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": names[0] if names else platform.processor(),
+        "vector_unit": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "blas": "MKL" if torch.backends.mkl.is_available() else "not MKL",
+    }
 
 
 def write_manifest(
@@ -46,7 +62,7 @@ def write_manifest(
         "config": experiment.config.model_dump(mode="json", exclude_none=True),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
-        "machine": f"{platform.system()} {platform.machine()}, {experiment.context.device}",
+        "machine": machine() | {"device": str(experiment.context.device)},
         "git_commit": _git_commit(),
         "inputs": {f"seed{seed}": record(experiment.with_seed(seed)) for seed in seeds},
         "outputs": {

@@ -59,6 +59,7 @@ def test_the_manifest_names_what_the_results_rest_on(run):
     assert manifest == json.loads((run.directory / "manifest.json").read_text())
     assert manifest["notebooks"] == {"12_line": "done", "30_results": "up to date", "13_mos": "not run"}
     assert manifest["parameters"].keys() == {"experiment", "data_root", "overrides"}
+    assert set(manifest["machine"]) == {"system", "processor", "vector_unit", "threads", "blas", "device"}
     inputs = manifest["inputs"]["seed0"]
     assert set(inputs["image_sets"]) == set(inputs["banks"]) == {"train", "validation", "test", "noise"}
     assert inputs["image_sets"]["noise"]["images"] == 40 and inputs["banks"]["noise"]["images"] == 40
