@@ -5,11 +5,14 @@ python run_all.py --config cifar10_npz --data-root ../shared     # real CIFAR-10
 python run_all.py --only 12_line --set line.delta=0.8            # one notebook, one setting changed
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,9 +20,10 @@ from rich.text import Text
 
 from ood_helpers.config import PROJECT_ROOT, config_names, load_config, resolve_path
 from ood_helpers.errors import InputError
-from ood_helpers.experiment import Experiment
-from ood_helpers.report import write_manifest, write_report
-from ood_helpers.runner import Outcome, Runner, Task, plan
+
+if TYPE_CHECKING:
+    from ood_helpers.experiment import Experiment
+    from ood_helpers.runner import Outcome, Task
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -57,6 +61,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def show_list(experiment: Experiment) -> None:
+    from ood_helpers.runner import plan
+
     console.print("[bold]Notebooks[/bold]")
     for task in plan([0]):
         needs = [*task.needs, *task.after]
@@ -117,7 +123,14 @@ def main() -> int:
         "skip_missing": arguments.skip_missing,
         "skip_unreadable": arguments.skip_unreadable,
     }
+    # A wrong config is refused before PyTorch is imported, a wrong row before the libraries of notebooks are.
+    load_config(parameters["experiment"], parameters["data_root"] or None, arguments.set)
+    from ood_helpers.experiment import Experiment
+
     experiment = Experiment.open(**parameters, seed=seeds[0])
+    from ood_helpers.report import write_manifest, write_report
+    from ood_helpers.runner import Runner, plan
+
     if arguments.list:
         show_list(experiment)
         return 0

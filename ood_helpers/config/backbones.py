@@ -1,6 +1,6 @@
 """The backbone: its architecture, where its weights come from, and the accuracy they must reach."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -40,6 +40,8 @@ class TrainingConfig(Model):
 class ArchitectureConfig(Model):
     """What every backbone has in common: where its weights come from and the accuracy they must reach."""
 
+    blocks: ClassVar[int]  # how many parts `images.depth` of a network counts
+
     checkpoint: str | None = None
     training: TrainingConfig | None = None
     expected_accuracy: float | None = Field(None, ge=0, le=100, description="percent on the ID test set")
@@ -69,6 +71,8 @@ Depth = Annotated[PositiveInt, AfterValidator(_three_stages)]
 class DenseNetBackbone(ArchitectureConfig):
     """DenseNet-BC for 32 x 32 (or smaller) images; depth 100, growth rate 12 is the papers' DenseNet-101."""
 
+    blocks: ClassVar[int] = 3
+
     architecture: Literal["densenet_bc"]
     depth: Depth = 100
     growth_rate: PositiveInt = 12
@@ -77,6 +81,8 @@ class DenseNetBackbone(ArchitectureConfig):
 
 class WideResNetBackbone(ArchitectureConfig):
     """WideResNet for 32 x 32 images: 40-2, 40-4, ..."""
+
+    blocks: ClassVar[int] = 3
 
     architecture: Literal["wide_resnet"]
     depth: Depth = 40
@@ -87,6 +93,8 @@ class WideResNetBackbone(ArchitectureConfig):
 class CifarResNet18Backbone(ArchitectureConfig):
     """ResNet-18 with a 3 x 3 stem for 32 x 32 images."""
 
+    blocks: ClassVar[int] = 4
+
     architecture: Literal["resnet18_cifar"]
 
 
@@ -96,12 +104,18 @@ class TorchvisionBackbone(ArchitectureConfig):
     architecture: Literal["resnet50", "mobilenet_v2"]
     weights: str | None = None
 
+    @property
+    def blocks(self) -> int:
+        return {"resnet50": 4, "mobilenet_v2": 5}[self.architecture]
+
 
 class BiTBackbone(ArchitectureConfig):
     """BiT's ResNet-v2 for ImageNet; depth 101, width 1 is BiT-S-R101x1 of MOS.
 
     A checkpoint is one of Google's .npz files, or one that the code of MOS or BiT has fine-tuned.
     """
+
+    blocks: ClassVar[int] = 4
 
     architecture: Literal["bit"]
     depth: Literal[50, 101, 152] = 101

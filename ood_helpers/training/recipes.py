@@ -71,10 +71,7 @@ class FineTuningRecipe(NetworkRecipe):
         return 0 if self.images is None else self.images.depth
 
     def check(self, experiment: Any) -> None:
-        from ood_helpers.backbones import ARCHITECTURES  # late: a config alone needs no torch
-
-        architecture = experiment.backbone.architecture
-        blocks = len(ARCHITECTURES[architecture].blocks)
+        architecture, blocks = experiment.backbone.architecture, experiment.backbone.blocks
         if self.depth > blocks:
             raise ValueError(
                 f"images.depth is {self.depth}, expected -1 to {blocks}, the number of blocks of {architecture}; lower it"

@@ -27,6 +27,12 @@ SMALL = [
 ]
 
 
+@pytest.mark.parametrize("config", [config for config, _ in SMALL], ids=lambda value: value["architecture"])
+def test_a_config_knows_the_number_of_blocks(config):
+    parsed = TypeAdapter(BackboneConfig).validate_python({"checkpoint": "unused", **config})
+    assert parsed.blocks == len(network_of(**config).blocks)
+
+
 @pytest.mark.parametrize(("config", "side"), SMALL, ids=lambda value: str(value))
 def test_forward_is_head_of_pooled_feature_map(config, side):
     network = network_of(7, **config)

@@ -147,6 +147,14 @@ def test_wrong_arguments_are_sentences_without_a_traceback(command, arguments, s
     assert status != 0 and sentence in output and "Traceback" not in output
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--config", "cifar"], ["--set", "backbone.epochs=3"]])
+def test_help_and_a_wrong_config_are_answered_without_pytorch(arguments):
+    code = "import runpy, sys\ntry: runpy.run_path('run_all.py', run_name='__main__')\nfinally: assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, *arguments]
+    finished = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert "AssertionError" not in finished.stderr and finished.stdout.strip()
+
+
 def test_list_names_notebooks_experiments_and_detectors(command):
     status, output = command("--list")
     assert status == 0
