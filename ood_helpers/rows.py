@@ -19,7 +19,7 @@ from ood_helpers.detectors.base import OF_ROWS, Detector, create, variants
 from ood_helpers.errors import InputError
 from ood_helpers.files import sha256_of_json
 from ood_helpers.image_sets import ImageSets
-from ood_helpers.networks.base import Context, Network
+from ood_helpers.networks.base import Context, Network, once
 from ood_helpers.progress import track
 from ood_helpers.results import METRICS, tuned_label
 from ood_helpers.storage import Arrays, Entry, Facts
@@ -43,7 +43,7 @@ class Row:
         self.name, self.label, self.network = name, label, network
         self._detector = detector
         self._parts: dict[str, Row] = {}
-        self._facts: Facts | None = None
+        self.kept: dict[tuple, Any] = {}
 
     @property
     def context(self) -> Context:
@@ -92,11 +92,11 @@ class Row:
 
     def fitted(self) -> Detector:
         """The detector, fitted."""
-        return self._fitted
+        return self._fitted()[0]
 
-    @cached_property
-    def _fitted(self) -> Detector:
-        return self.fit(copy.copy(self.detector))[0]
+    @once
+    def _fitted(self) -> tuple[Detector, float]:
+        return self.fit(copy.copy(self.detector))
 
     def fit(self, detector: Detector, train_bank: Bank | None = None) -> tuple[Detector, float]:
         """Fit a detector on the network's banks, or another training bank; it and the seconds, with those of what it
@@ -161,18 +161,15 @@ class Row:
         arrays, facts = self._entry.arrays(self.network.key(name), compute)
         return arrays["scores"], facts["seconds"]
 
+    @once
     def _fit_facts(self) -> Facts:
         """What fitting it took and what it has learned; computed once."""
-        if self._facts is not None:
-            return self._facts
 
         def compute() -> Facts:
-            detector, seconds = self.fit(copy.copy(self.detector))
-            self.__dict__["_fitted"] = detector
+            detector, seconds = self._fitted()
             return {"seconds": seconds, "learned": detector.learned, "extra_passes": detector.extra_passes}
 
-        self._facts = self._entry.json("fit", compute, ("seconds", "learned", "extra_passes"))
-        return self._facts
+        return self._entry.json("fit", compute, ("seconds", "learned", "extra_passes"))
 
     def scores(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """ID test scores [N] and OOD set -> scores; higher = more in-distribution."""
@@ -201,12 +198,9 @@ class Row:
         learned = self._fit_facts()["learned"]
         return settings | ({"learned": learned} if learned else {})
 
+    @once
     def resamples(self) -> dict[str, np.ndarray]:
         """The bootstrap resamples {"fpr95/<set>": [R], "auroc/<set>": [R]} in percent; computed once."""
-        return self._resamples
-
-    @cached_property
-    def _resamples(self) -> dict[str, np.ndarray]:
         id_scores, ood_scores = self.scores()
         options = self.context.config.metrics
         order = [

@@ -97,8 +97,7 @@ class Entry:
             text = table.to_csv(index=False)
             write_text(path, f"{text}# lines: {text.count(chr(10))}\n")
 
-        self._kept(f"{name}.csv", read, write, compute)
-        return read(self.directory / f"{name}.csv")
+        return self._kept(f"{name}.csv", read, write, compute)
 
     def arrays(self, name: str, compute: Callable[[], tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
         """Arrays, and facts as JSON, of <name>.safetensors."""
@@ -120,9 +119,8 @@ class Entry:
                     return read(path)
                 except (OSError, ValueError, KeyError, TypeError, SafetensorError):
                     notice(path)
-            value = compute()
-            write(path, value)
-            return value
+            write(path, compute())
+            return read(path)  # the same value as from now on
 
 
 class Shards:

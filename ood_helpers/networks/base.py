@@ -58,10 +58,10 @@ class Context:
 
 
 def once(method: Callable) -> Callable:
-    """A method of a network whose value is computed once for the same arguments, and kept with the network."""
+    """A method of a network or a row whose value is computed once for the same arguments, and stays in its `kept`."""
 
     @wraps(method)
-    def kept(self: "Network", *arguments: Any) -> Any:
+    def kept(self: Any, *arguments: Any) -> Any:
         key = method.__qualname__, *arguments
         if key not in self.kept:
             self.kept[key] = method(self, *arguments)
