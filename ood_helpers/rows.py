@@ -148,7 +148,8 @@ class Row:
         """Scores of an image set, and the seconds they took; computed once."""
 
         def compute() -> tuple[Arrays, Facts]:
-            detector, begin = self.fitted(), time.perf_counter()
+            detector, _ = self.fitted(), self.bank(name)  # the forward pass is not its cost
+            begin = time.perf_counter()
             scores = self.scores_of(detector, name)
             seconds = time.perf_counter() - begin
             # Those of its parts may have been there already.
@@ -337,6 +338,8 @@ class TunedRow(Row):
         base, grid = self.base, self.tuning.grids[self.base.name]
 
         def compute() -> Facts:
+            for name in ("validation", "tuning"):
+                base.bank(name)
             base.fitted()
             begin = time.perf_counter()
             table = base.sweep(grid, "validation", {"tuning": self.tuning.name})

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from small_experiments import TIMES, small
 from ood_helpers.detectors.knn import KNN
 from ood_helpers.errors import InputError, MissingDataError
 from ood_helpers.experiment import Experiment
+from ood_helpers.extract import extract
 
 
 def without_times(table):
@@ -45,6 +47,20 @@ def test_tuning_happens_once_and_its_seconds_are_those_it_took_then(finished, mo
         pd.testing.assert_frame_equal(again.tuned_rows()["react"].table(), table)
     reported = again.results(["react_tuned"]).fit_seconds.iloc[0]
     assert reported == seconds > again.row("react").fit_seconds()
+
+
+def test_the_forward_passes_of_a_network_are_not_the_cost_of_its_first_row(tmp_path, monkeypatch):
+    passes = []
+
+    def passing(*arguments):
+        passes.append(arguments)
+        return extract(*arguments)
+
+    monkeypatch.setattr("ood_helpers.networks.base.extract", passing)
+    monkeypatch.setattr("ood_helpers.rows.time", SimpleNamespace(perf_counter=lambda: len(passes)))
+    run = small(tmp_path, "tuning.grids={react: {percentile: [70.0, 99.0]}}")
+    table = run.results(["react", "react_tuned", "energy_dfb", "dfb_energy"])
+    assert len(passes) > 6 and table.score_seconds.eq(0).all() and table.fit_seconds.eq(0).all()
 
 
 def test_a_tuned_row_is_the_detector_with_the_chosen_values(finished):
