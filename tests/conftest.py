@@ -22,7 +22,7 @@ if (
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder `shared` beside the project: real CIFAR-10, OOD sets and the DenseNet-101 checkpoint."""
-    folder = PROJECT_ROOT.parent / "shared"
+    folder = (PROJECT_ROOT.parent / "shared").resolve()  # as run_all.py passes folders on
     if not (folder / "data" / "cifar10" / "test.npz").exists():
         message = "no real data: expected the folder shared/ beside the project"
         if os.environ.get("CI"):
