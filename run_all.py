@@ -3,13 +3,16 @@
 python run_all.py                                                # the embedded default experiment
 python run_all.py --config cifar10_npz --data-root ../shared     # real CIFAR-10
 python run_all.py --only 12_line --set line.delta=0.8            # one notebook, one setting changed
+python run_all.py --verify                                       # compare with the committed tables
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ood_helpers.config import PROJECT_ROOT, config_names, load_config, resolve_path
+from ood_helpers.config import config_names, load_config, resolve_path
 from ood_helpers.errors import InputError
+from ood_helpers.plan import Task, plan
 
 if TYPE_CHECKING:
     from ood_helpers.experiment import Experiment
-    from ood_helpers.runner import Outcome, Task
+    from ood_helpers.runner import Outcome
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -48,8 +52,22 @@ def parse_arguments() -> argparse.Namespace:
         "--skip-unreadable", action="store_true", help="leave out unreadable images, on record"
     )
     parser.add_argument("--run-dir", default="", help="banks, scores, notebooks and report (default: runs)")
-    places = "figures and tables (default: figures, with --set runs/changed_settings)"
-    parser.add_argument("--figures-dir", default="", help=places)
+    parser.add_argument(
+        "--figures-dir", default="", help="figures and tables (default: figures in the above)"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare the tables with those in figures/; exit 1 if one differs",
+    )
+    parser.add_argument(
+        "--update-figures",
+        action="store_true",
+        help="put the figures and tables in place of those in figures/",
+    )
+    parser.add_argument("--retrain", action="store_true", help="train anew what weights/ ships, and compare")
+    replace = "with --retrain: replace what weights/ ships, with the results of seeds 0 to 4"
+    parser.add_argument("--update-weights", action="store_true", help=replace)
     parser.add_argument("--list", action="store_true", help="list notebooks, experiments, detectors; stop")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     arguments = parser.parse_args()
@@ -57,12 +75,19 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--jobs {arguments.jobs}: expected 1 or more")
     if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds) < 0:
         parser.error(f"--seeds {' '.join(map(str, arguments.seeds))}: expected different numbers, 0 or more")
+    if arguments.update_weights and not arguments.retrain:
+        parser.error("--update-weights: expected --retrain beside it")
+    changed = bool(arguments.set or arguments.retrain or arguments.seeds != [0])
+    if changed and (arguments.verify or arguments.update_figures):
+        parser.error(
+            "--verify and --update-figures: expected the experiment as it is, with seed 0 and without --set"
+        )
+    if arguments.retrain and (arguments.set or arguments.only or arguments.seeds != [0]):
+        parser.error("--retrain: expected neither --set nor --only nor --seeds; it trains all of the config")
     return arguments
 
 
 def show_list(experiment: Experiment) -> None:
-    from ood_helpers.runner import plan
-
     console.print("[bold]Notebooks[/bold]")
     for task in plan([0]):
         needs = [*task.needs, *task.after]
@@ -77,9 +102,9 @@ def show_list(experiment: Experiment) -> None:
 
 
 class Display:
-    """Live bars of the running notebooks in a terminal, plain lines elsewhere."""
+    """Live bars of the running notebooks in a terminal, plain lines elsewhere, and the time that is left by earlier runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected: dict[str, float]) -> None:
         columns = (
             TextColumn("{task.description:24}"),
             BarColumn(bar_width=20),
@@ -89,6 +114,7 @@ class Display:
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.bars: dict[str, int] = {}
         self.told: dict[str, float] = {}
+        self.expected, self.begun = expected, time.monotonic()
 
     def report(self, task: Task, now: str, share: float) -> None:
         if task.name not in self.bars:
@@ -101,17 +127,21 @@ class Display:
     def finish(self, task: Task, outcome: Outcome) -> None:
         if task.name in self.bars:
             self.progress.remove_task(self.bars.pop(task.name))
+        self.expected.pop(task.name, None)
         colour = {"failed": "red", "skipped": "yellow"}.get(outcome.status, "green")
         seconds = f" ({outcome.seconds:.0f} s)" if outcome.status in ("done", "failed") else ""
+        left = sum(self.expected.values())
+        left = f", about {_duration(left)} left" if left and outcome.status == "done" else ""
         detail = f": {outcome.error}" if outcome.error else ""
-        console.print(Text.assemble((f"{task.name:24}{outcome.status}{seconds}", colour), detail))
+        console.print(Text.assemble((f"{task.name:24}{outcome.status}{seconds}", colour), detail, left))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def main() -> int:
     arguments = parse_arguments()
-    seeds = arguments.seeds
-    if arguments.set and not arguments.figures_dir:  # figures/ shows the configs as they are
-        arguments.figures_dir = Path(arguments.run_dir or PROJECT_ROOT / "runs") / "changed_settings"
     is_path = arguments.config.endswith((".yaml", ".yml"))
     parameters = {
         "experiment": str(resolve_path(arguments.config)) if is_path else arguments.config,
@@ -123,19 +153,44 @@ def main() -> int:
         "skip_missing": arguments.skip_missing,
         "skip_unreadable": arguments.skip_unreadable,
     }
-    # A wrong config is refused before PyTorch is imported, a wrong row before the libraries of notebooks are.
+    # A wrong config or notebook is refused before PyTorch is imported.
     load_config(parameters["experiment"], parameters["data_root"] or None, arguments.set)
+    plan(arguments.seeds, arguments.only)
+    if arguments.retrain:
+        return retrain(arguments, parameters)
+    experiment, outcomes = run_notebooks(arguments, parameters)
+    if outcomes is None:
+        return 0
+    if any(outcome.status in ("failed", "skipped") for outcome in outcomes.values()):
+        return 1
+    if arguments.update_figures:
+        outputs = [output for outcome in outcomes.values() for output in outcome.outputs]
+        own = f"{experiment.name}/"
+        from ood_helpers.verification import update_figures
+
+        folder = update_figures(
+            experiment, [name.removeprefix(own) for name in outputs if name.startswith(own)]
+        )
+        console.print(f"Updated    {folder}")
+    return show_verified(experiment, tuple(arguments.only or ())) if arguments.verify else 0
+
+
+def run_notebooks(
+    arguments: argparse.Namespace, parameters: dict
+) -> tuple[Experiment, dict[str, Outcome] | None]:
+    """Run what a command asks for, and write report and manifest; the experiment, and notebook -> what became of it, None
+    where nothing was to be run."""
     from ood_helpers.experiment import Experiment
 
+    begun, seeds = time.monotonic(), arguments.seeds
     experiment = Experiment.open(**parameters, seed=seeds[0])
     from ood_helpers.report import write_manifest, write_report
-    from ood_helpers.runner import Runner, plan
+    from ood_helpers.runner import Runner
 
     if arguments.list:
         show_list(experiment)
-        return 0
-    plan(seeds, arguments.only)  # an unknown notebook is refused before anything is fetched
-    console.print(f"[bold]{experiment.config.name}[/bold]: {experiment.config.description}")
+        return experiment, None
+    console.print(f"[bold]{experiment.name}[/bold]: {experiment.config.description}")
     experiment.check()
     methods = experiment.training_methods()
     tasks = plan(seeds, arguments.only, methods)
@@ -147,29 +202,101 @@ def main() -> int:
     if left_out := [task.name for task in known if task.name not in shown]:
         console.print(f"Without {', '.join(left_out)}: no network of this config is trained that way.")
     runner = Runner(experiment, parameters, seeds, tasks)
+    earlier = {task.name: runner.earlier(task) for task in tasks}
     if arguments.dry_run:
         for task in tasks:
-            current = not arguments.force and runner.earlier(task).status == "up to date"
+            current = not arguments.force and earlier[task.name].status == "up to date"
             console.print(f"{task.name:24}{'up to date' if current else 'would run'}")
-        return 0
-    display = Display()
+        return experiment, None
+    display = Display({name: outcome.seconds for name, outcome in earlier.items()})
     with display.progress:
         outcomes = runner.run(arguments.jobs, arguments.force, display.report, display.finish)
     failed = [name for name, outcome in outcomes.items() if outcome.status in ("failed", "skipped")]
     if failed:
         count = f"{len(failed)} of {len(outcomes)}"
         console.print(f"[red]{count} notebooks did not run to their end: {', '.join(failed)}.[/red]")
-        return 1
+        return experiment, outcomes
     outcomes = {task.name: outcomes.get(task.name) or runner.earlier(task) for task in everything}
     manifest = write_manifest(experiment, parameters, seeds, outcomes)
     report = write_report(experiment, manifest, everything, outcomes)
-    if (experiment.directory / "results.csv").exists():
-        console.print(f"Results    {experiment.directory / 'results.csv'}")
-    figures = experiment.figures_root / experiment.config.name
-    console.print(f"Figures    {figures}  (and tables: CSV, Markdown, LaTeX)")
+    console.print(f"Finished in {_duration(time.monotonic() - begun)}.")
+    show_headline(experiment)
+    console.print(
+        f"Figures    {experiment.figures_root / experiment.name}  (and tables: CSV, Markdown, LaTeX)"
+    )
     console.print(f"Notebooks  {runner.directory}")
     console.print(f"Report     {report}")
+    return experiment, outcomes
+
+
+def retrain(arguments: argparse.Namespace, parameters: dict) -> int:
+    """Train anew what is shipped, compare, and replace it if asked to."""
+    from ood_helpers.report import git_commit, machine
+    from ood_helpers.shipping import ship, write_card, write_seeds
+
+    config = load_config(parameters["experiment"], parameters["data_root"] or None)
+    if config.weights is None:
+        raise InputError(
+            f"Found no `weights` in {config.name}, expected the folder of what is shipped; nothing to retrain."
+        )
+    trained, outcomes = run_notebooks(arguments, {**parameters, "overrides": ["weights=null"]})
+    if outcomes is None:
+        return 0
+    if any(outcome.status in ("failed", "skipped") for outcome in outcomes.values()):
+        return 1
+    show_verified(trained)
+    if not arguments.update_weights:
+        return 0
+    folder, run_dir = resolve_path(config.weights), Path(tempfile.mkdtemp(prefix="shipping-"))
+    shutil.rmtree(folder, ignore_errors=True)
+    ship(trained, folder, every_training=False)
+    write_seeds(map(trained.with_seed, range(5)), folder)
+    new, number = ["all"], 0
+    while new:  # until a run trains nothing any more
+        number += 1
+        folders = {"run_dir": str(run_dir / f"{number}"), "figures_dir": ""}
+        shipped, outcomes = run_notebooks(arguments, parameters | folders)
+        if any(outcome.status in ("failed", "skipped") for outcome in outcomes.values()):
+            return 1
+        new = ship(shipped, folder, every_training=True)
+    on = ", ".join(map(str, machine().values()))
+    write_card(
+        shipped,
+        folder,
+        f"python run_all.py --config {config.name} --retrain --update-weights",
+        on,
+        git_commit(),
+    )
+    console.print(f"Replaced   {folder}")
     return 0
+
+
+def show_headline(experiment: Experiment) -> None:
+    """The best rows, and where the rest is."""
+    from ood_helpers.results import headline
+
+    path = experiment.directory / "results.csv"
+    if path.exists():
+        console.print(headline(path))
+        console.print(f"Results    {path}")
+
+
+def show_verified(experiment: Experiment, only: tuple[str, ...] = ()) -> int:
+    """One line for each committed table; 1 if a table that must agree does not."""
+    from ood_helpers.verification import verify
+
+    compared = verify(experiment, only)
+    for table in compared:
+        console.print(Text(str(table), style="red" if table.held and table.out else ""))
+    out = sum(table.out for table in compared if table.held)
+    cells = sum(table.cells for table in compared)
+    if not compared:
+        console.print(f"Nothing is committed in figures/ for {experiment.config.name}: nothing to verify.")
+    elif out:
+        console.print(f"[red]{out} of {cells} cells differ from the committed tables.[/red]")
+    else:
+        console.print(f"[green]Verified: {cells} cells in {len(compared)} tables.[/green]")
+    return int(out > 0)
 
 
 if __name__ == "__main__":

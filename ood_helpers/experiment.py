@@ -1,5 +1,6 @@
 """An experiment, as notebooks open it: image sets -> networks -> banks -> rows -> results, each computed once and kept."""
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,24 +15,28 @@ from ood_helpers.backbones.precision import resolve_device
 from ood_helpers.banks import Bank
 from ood_helpers.config.base import PROJECT_ROOT, resolve_path
 from ood_helpers.config.experiment import ExperimentConfig
-from ood_helpers.config.loader import load_config
+from ood_helpers.config.loader import listed, load_config
 from ood_helpers.config.networks import NetworkRecipe
 from ood_helpers.data.image_set import ImageSet
 from ood_helpers.detectors.base import DETECTORS, Detector
 from ood_helpers.errors import InputError, nearest
+from ood_helpers.files import sha256_of_json
 from ood_helpers.image_sets import ImageSets
 from ood_helpers.networks.backbone import Backbone
 from ood_helpers.networks.base import NETWORKS, Context, Network
 from ood_helpers.rows import Row, TunedRow, check_tuned_apart, make_row, make_rows, row_of
-from ood_helpers.storage import Store
+from ood_helpers.storage import Shipped, Store
+
+LONGEST = 80  # characters of changed settings in a folder's name
 
 
 class Experiment:
     """One experiment with one seed.
 
     Folders below `run_dir`: banks/, models/, scores/ and others (shared by all experiments, see `storage`), cache/ (unpacked
-    arrays and hashes of files), and <experiment>/ with results.csv. Figures and tables go to `figures_dir`/<experiment>/,
-    those of a seed other than 0 to seed<n>/ below it.
+    arrays and hashes of files), and <name>/ with results.csv. Figures and tables go to `figures_dir`/<name>/, those of a seed
+    other than 0 to seed<n>/ below it. The name is that of the config; changed settings are part of it, so that a trial never
+    writes over the experiment itself.
     """
 
     def __init__(
@@ -44,9 +49,10 @@ class Experiment:
         device: str = "auto",
         skip_missing: bool = False,
         skip_unreadable: bool = False,
+        changes: tuple[str, ...] = (),
         image_sets: ImageSets | None = None,
     ) -> None:
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.changes = config, seed, changes
         self.run_dir, self.figures_root = Path(run_dir), Path(figures_dir)
         self.image_sets = image_sets or ImageSets(
             config,
@@ -54,7 +60,9 @@ class Experiment:
             skip_missing=skip_missing,
             skip_unreadable=skip_unreadable,
         )
-        self.context = Context(config, seed, resolve_device(device), Store(self.run_dir), self.image_sets)
+        shipped = None if config.weights is None else Shipped(resolve_path(config.weights))
+        store = Store(self.run_dir, shipped)
+        self.context = Context(config, seed, resolve_device(device), store, self.image_sets)
         self.backbone = Backbone(self.context)
         self._networks: dict[str, Network] = {}
         self._rows = make_rows(config, self.network)
@@ -70,20 +78,23 @@ class Experiment:
         figures_dir: str = "",
         seed: int = 0,
         device: str = "auto",
-        overrides: Iterable[str] = (),
+        overrides: str | Iterable[str] = (),
         skip_missing: bool = False,
         skip_unreadable: bool = False,
     ) -> "Experiment":
-        """Open an experiment by name or config path; empty folders mean data/, runs/ and figures/ of the project.
+        """Open an experiment by name or config path; empty folders mean data/ and runs/ of the project, and figures/ in the
+        latter.
 
         Raises
         ------
         InputError : unknown experiment, wrong setting, device that is not there
         """
+        runs, changes = resolve_path(run_dir or PROJECT_ROOT / "runs"), listed(overrides)
         return cls(
-            load_config(experiment, data_root or None, overrides),
-            resolve_path(run_dir or PROJECT_ROOT / "runs"),
-            resolve_path(figures_dir or PROJECT_ROOT / "figures"),
+            load_config(experiment, data_root or None, changes),
+            runs,
+            resolve_path(figures_dir or runs / "figures"),
+            changes=changes,
             seed=seed,
             device=device,
             skip_missing=skip_missing,
@@ -96,18 +107,27 @@ class Experiment:
             return self
         folders = self.run_dir, self.figures_root
         device = str(self.context.device)
-        return Experiment(self.config, *folders, seed=seed, device=device, image_sets=self.image_sets)
+        shared = {"changes": self.changes, "image_sets": self.image_sets}
+        return Experiment(self.config, *folders, seed=seed, device=device, **shared)
 
     # ---- folders and names ------------------------------------------------------------------------------
 
     @property
+    def name(self) -> str:
+        """That of the config and, as part of a file name, of the settings that were changed."""
+        changes = "+".join(re.sub(r"[^\w.=-]+", "_", change) for change in self.changes)
+        if len(changes) > LONGEST:
+            changes = f"{changes[:LONGEST]}_{sha256_of_json(self.changes)[:8]}"
+        return self.config.name + (f"+{changes}" if changes else "")
+
+    @property
     def directory(self) -> Path:
         """What this experiment writes: results.csv, means.csv, report.html, executed notebooks."""
-        return self.run_dir / self.config.name
+        return self.run_dir / self.name
 
     @property
     def figures_directory(self) -> Path:
-        directory = self.figures_root / self.config.name
+        directory = self.figures_root / self.name
         return directory if self.seed == 0 else directory / f"seed{self.seed}"
 
     @property
@@ -115,7 +135,8 @@ class Experiment:
         """What every figure says of its origin."""
         precision = self.config.features.precision
         rounded = "" if precision == "float32" else f" · forward pass in {precision}"
-        return f"{self.config.name} · seed {self.seed}{rounded}"
+        changed = f" · changed: {', '.join(self.changes)}" if self.changes else ""
+        return f"{self.config.name} · seed {self.seed}{rounded}{changed}"
 
     # ---- image sets -------------------------------------------------------------------------------------
 

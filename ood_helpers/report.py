@@ -19,8 +19,9 @@ from ood_helpers.backbones.checkpoints import weights_fingerprint
 from ood_helpers.config.base import PROJECT_ROOT, resolve_path
 from ood_helpers.experiment import Experiment
 from ood_helpers.files import sha256_of_file, write_json, write_text
+from ood_helpers.plan import Task
 from ood_helpers.results import METRICS, defaults, describe_table, html_table, read_results, tuning_pairs
-from ood_helpers.runner import Outcome, Task
+from ood_helpers.runner import Outcome
 from ood_helpers.statistics import accuracy
 from ood_helpers.storage import Shards
 from ood_helpers.studies import bank_names
@@ -51,10 +52,11 @@ def write_manifest(
     the SHA-256 of every figure and table, and what became of each notebook. Folders of this machine appear as
     ${data_root}, ${run_dir} and ${project}.
     """
-    name, root = experiment.config.name, experiment.figures_root
+    name, root = experiment.name, experiment.figures_root
     outputs = [output for outcome in outcomes.values() for output in outcome.outputs]
     manifest = {
-        "experiment": name,
+        "experiment": experiment.config.name,
+        "changes": list(experiment.changes),
         "seeds": seeds,
         "parameters": {
             key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")
@@ -63,7 +65,7 @@ def write_manifest(
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
         "machine": machine() | {"device": str(experiment.context.device)},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "inputs": {f"seed{seed}": record(experiment.with_seed(seed)) for seed in seeds},
         "outputs": {
             output.removeprefix(f"{name}/"): sha256_of_file(root / output)
@@ -123,7 +125,8 @@ def _lasting(manifest: dict) -> dict:
     }
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
+    """The commit of the working tree, with -dirty where it was changed; `unknown` without git."""
     try:
         command = ["git", "-C", str(PROJECT_ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -158,6 +161,7 @@ def write_report(
     environment = jinja2.Environment(autoescape=True, loader=jinja2.PackageLoader("ood_helpers", ""))
     page = environment.get_template("report.html").render(
         config=experiment.config,
+        changes=experiment.changes,
         manifest=manifest,
         settings=yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True),
         tables=tables,

@@ -1,8 +1,6 @@
-"""Running the notebooks headlessly: which, in which order, with which parameters, and what is up to date.
+"""Running the notebooks headlessly, and what is up to date.
 
-A notebook's metadata say what it needs: {"ood": {"needs": ["03_precompute"], "per_seed": true}}; `after`
-names notebooks that it only waits for, `method` the training method without which it has nothing to show.
-Papermill executes it into runs/<experiment>/notebooks/. A record beside it holds the fingerprint of all that
+Papermill executes a notebook into runs/<experiment>/notebooks/. A record beside it holds the fingerprint of all that
 it depends on (cells, parameters, config, package, image sets): a second run executes only what has changed.
 """
 
@@ -10,38 +8,18 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import nbformat
-import papermill
-from nbconvert import HTMLExporter
-from papermill.engines import NBClientEngine, papermill_engines
-from papermill.exceptions import PapermillExecutionError
-
 from ood_helpers.config.base import PROJECT_ROOT, resolve_path
-from ood_helpers.errors import InputError, nearest
 from ood_helpers.experiment import Experiment
 from ood_helpers.files import sha256_of_file, sha256_of_json, write_json, write_text
 from ood_helpers.image_sets import checkpoints
+from ood_helpers.plan import Task, parameter_names, read_notebook
 from ood_helpers.storage import tree_fingerprint
-
-NOTEBOOKS = PROJECT_ROOT / "notebooks"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One notebook with one seed (or with all seeds, where the notebook is not `per_seed`)."""
-
-    name: str
-    notebook: Path
-    seed: int
-    needs: tuple[str, ...]
-    after: tuple[str, ...]
-    per_seed: bool
 
 
 @dataclass
@@ -56,67 +34,6 @@ class Outcome:
 
 
 Report = Callable[[Task, str, float], None]  # task, what it is doing, share done
-
-
-def notebook_names() -> list[str]:
-    """The numbered notebooks, in order."""
-    return sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-
-
-def plan(
-    seeds: Iterable[int], only: Iterable[str] | None = None, methods: Collection[str] | None = None
-) -> list[Task]:
-    """The tasks of a run in dependency order.
-
-    Parameters
-    ----------
-    only : these notebooks and no others
-    methods : training methods of the experiment's networks; a notebook about another one is left out, unless
-        `only` names it. None = any
-
-    Raises
-    ------
-    InputError : `only` names a notebook that does not exist
-    """
-    names, seeds = notebook_names(), list(seeds)
-    for name in only or ():
-        if name not in names:
-            raise InputError(f"No notebook {name!r} in notebooks/; {nearest(name, names)}")
-    names = [name for name in names if not only or name in only]
-    tasks: list[Task] = []
-    for name in names:
-        path = NOTEBOOKS / f"{name}.ipynb"
-        about = nbformat.read(path, as_version=4).metadata.get("ood", {})
-        if not only and methods is not None and about.get("method", "") not in {"", *methods}:
-            continue
-        per_seed = about.get("per_seed", False)
-        for seed in seeds if per_seed else seeds[:1]:
-            earlier = [task for task in tasks if task.seed == seed or not (per_seed and task.per_seed)]
-            needs, after = (
-                tuple(task.name for task in earlier if task.notebook.stem in about.get(kind, ()))
-                for kind in ("needs", "after")
-            )
-            suffix = f".seed{seed}" if per_seed and len(seeds) > 1 else ""
-            tasks.append(Task(name + suffix, path, seed, needs, after, per_seed))
-    return tasks
-
-
-class _ReportingEngine(NBClientEngine):
-    """Papermill's own engine, telling a callback which cell has begun."""
-
-    @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, report_cell=None, **kwargs):
-        begin, total = nb_man.cell_start, len(nb_man.nb.cells)
-
-        def cell_start(cell, cell_index=None, **more):
-            report_cell(cell_index or 0, total)
-            return begin(cell, cell_index, **more)
-
-        nb_man.cell_start = cell_start
-        return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
-
-
-papermill_engines.register("reporting", _ReportingEngine)
 
 
 class _LastLine(io.TextIOBase):
@@ -156,14 +73,13 @@ class Runner:
 
     def fingerprint(self, task: Task) -> str:
         """SHA-256 over everything the executed notebook depends on."""
-        notebook = nbformat.read(task.notebook, as_version=4)
-        cells = [cell.source for cell in notebook.cells]
+        cells = ["".join(cell["source"]) for cell in read_notebook(task.notebook)["cells"]]
         return sha256_of_json([cells, self._task_parameters(task), self._common])
 
     def _task_parameters(self, task: Task) -> dict:
         """The parameters of the run and the task that the notebook's parameters cell names."""
         parameters = self.parameters | {"seed": task.seed, "seeds": self.seeds}
-        named = papermill.inspect_notebook(str(task.notebook))
+        named = parameter_names(task.notebook)
         return {name: parameters[name] for name in named if name in parameters}
 
     def executed(self, task: Task) -> Path:
@@ -231,6 +147,12 @@ class Runner:
         return {task.name: outcomes[task.name] for task in self.tasks}
 
     def _execute(self, task: Task, report: Report) -> Outcome:
+        from ood_helpers.execution import (
+            PapermillExecutionError,
+            execute,
+            html_of,
+        )  # late: three seconds of imports
+
         output, share = self.executed(task), 0.0
         running, failed = output.with_suffix(".running.ipynb"), output.with_suffix(".failed.ipynb")
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -243,19 +165,8 @@ class Runner:
 
         fingerprint = self.fingerprint(task)
         try:
-            papermill.execute_notebook(
-                task.notebook,
-                running,
-                parameters=self._task_parameters(task),
-                engine_name="reporting",
-                kernel_name="python3",
-                cwd=PROJECT_ROOT,
-                progress_bar=False,
-                report_cell=report_cell,
-                stderr_file=_LastLine(lambda line: report(task, line, share)),
-                coalesce_streams=True,
-                extra_arguments=["--log-level=CRITICAL"],  # its notices look like failures
-            )
+            stderr = _LastLine(lambda line: report(task, line, share))
+            execute(task.notebook, running, self._task_parameters(task), report_cell, stderr)
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             if isinstance(error, PapermillExecutionError):
@@ -264,7 +175,7 @@ class Runner:
             return Outcome("failed", time.perf_counter() - begin, message)
         os.replace(running, output)
         failed.unlink(missing_ok=True)
-        write_text(output.with_suffix(".html"), HTMLExporter().from_filename(str(output))[0])
+        write_text(output.with_suffix(".html"), html_of(output))
         outputs = self._outputs(task, since=started - 1)  # file systems round times
         outcome = Outcome("done", round(time.perf_counter() - begin, 1), outputs=list(outputs))
         record = {"fingerprint": fingerprint, "seconds": outcome.seconds, "outputs": outputs}

@@ -7,12 +7,16 @@ messages): a changed formula never serves a stale number, a corrected typo recom
 
 Files are written atomically. One process at a time works on an entry; others wait and find it done. A damaged file is
 computed again, with a notice.
+
+What took a training can be shipped: a folder in weights/ holds such entries, found by their inputs and settings whatever the
+code and the device, so that the tables are the same on every machine. See `Shipped`.
 """
 
 import ast
 import hashlib
 import inspect
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,11 +32,18 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ood_helpers.files import atomic_path, locked, sha256_of_json, write_json, write_text
+from ood_helpers.errors import InputError
+from ood_helpers.files import atomic_path, locked, sha256_of_file, sha256_of_json, write_json, write_text
 
 PACKAGE = "ood_helpers"
 ROOT = Path(__file__).resolve().parent
 BEGUN = time.time_ns()
+OF_MACHINE = (
+    "code",
+    "device",
+    "features",
+    "training",
+)  # parts of a key, the last two the keys of other entries
 DIGITS = 20  # hexadecimal digits of a key in a folder's name
 # What these do cannot change a number: settings are in the key themselves.
 WITHOUT_NUMBERS = ("config", "errors", "files", "progress", "registry", "storage")
@@ -42,10 +53,10 @@ Facts = dict[str, Any]
 
 
 class Store:
-    """All entries below a folder."""
+    """All entries below a folder; those that are shipped are copied to it when they are first asked for."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: Path, shipped: "Shipped | None" = None) -> None:
+        self.root, self.shipped = Path(root), shipped
 
     def entry(self, kind: str, *, code: Iterable[str | type | FunctionType], **key: Any) -> "Entry":
         """The entry of a key, whether or not anything is in it yet.
@@ -56,16 +67,28 @@ class Store:
         code : what computes the content, see `code_behind`
         key : inputs and settings, as JSON values
         """
-        return Entry(self.root / kind, key | {"code": code_behind(code)})
+        key |= {"code": code_behind(code)}
+        inputs = inputs_of(key)
+        shipped = self.shipped.records.get(inputs) if self.shipped else None
+        if shipped:  # not what is computed here under the same key
+            key |= {"shipped": shipped}
+        entry = Entry(self.root / kind, key, inputs)
+        if shipped:
+            entry.restore = lambda: self.shipped.copy(shipped, entry.directory)
+        return entry
 
 
 class Entry:
-    """What is kept under one key."""
+    """What is kept under one key.
 
-    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
-        self.key = MappingProxyType(dict(key))
+    inputs : the digits of the key without what differs between machines and versions of the code
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], inputs: str = "") -> None:
+        self.key, self.inputs = MappingProxyType(dict(key)), inputs
         self.name = sha256_of_json(dict(key))[:DIGITS]
         self.directory = folder / self.name
+        self.restore: Callable[[], None] | None = None
 
     @contextmanager
     def locked(self) -> Iterator[Path]:
@@ -73,6 +96,8 @@ class Entry:
         with locked(self.directory):
             if not (self.directory / "key.json").exists():
                 write_json(self.directory / "key.json", dict(self.key))
+            if self.restore is not None:
+                self.restore()
             yield self.directory
 
     def json(self, name: str, compute: Callable[[], Facts], fields: Sequence[str]) -> Facts:
@@ -121,6 +146,55 @@ class Entry:
                     notice(path)
             write(path, compute())
             return read(path)  # the same value as from now on
+
+
+class Shipped:
+    """Entries of a store that come with the kit: a folder of their files, and index.json, which says what they are.
+
+    index.json maps the `inputs` of an entry to its kind, its title and its files: name in the entry -> the name in the
+    folder and the SHA-256, or the text itself.
+
+    Raises
+    ------
+    InputError : no readable index
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.records = json.loads((self.folder / "index.json").read_text())["entries"]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"Found no readable {self.folder / 'index.json'} ({type(error).__name__}), expected the list of what is "
+                "shipped; restore it with git checkout, or set weights: null to train here."
+            ) from None
+
+    def copy(self, record: Mapping[str, Any], directory: Path) -> None:
+        """Copy the files of a record into an entry's folder where they are not there or have changed.
+
+        Raises
+        ------
+        InputError : a shipped file is missing or is not the one that the index describes
+        """
+        for name, file in record["files"].items():
+            path = directory / name
+            if "text" in file:
+                if not path.exists() or path.read_text() != file["text"]:
+                    write_text(path, file["text"])
+            elif not path.exists() or sha256_of_file(path) != file["sha256"]:
+                source = self.folder / file["file"]
+                if not source.exists() or sha256_of_file(source) != file["sha256"]:
+                    raise InputError(
+                        f"Found {source} {'changed' if source.exists() else 'missing'}, expected the file whose SHA-256 is in "
+                        "index.json beside it; restore it with git checkout."
+                    )
+                with atomic_path(path) as temporary:
+                    shutil.copyfile(source, temporary)
+
+
+def inputs_of(key: Mapping[str, Any]) -> str:
+    """The digits of a key without what differs between machines and versions of the code."""
+    return sha256_of_json({name: value for name, value in key.items() if name not in OF_MACHINE})[:DIGITS]
 
 
 class Shards:

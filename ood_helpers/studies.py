@@ -4,7 +4,7 @@ detection along a training. Those of banks take seconds, as they never run the n
 import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ood_helpers import metrics, results
 from ood_helpers.backbones.base import Classifier
+from ood_helpers.backbones.checkpoints import weights_fingerprint
 from ood_helpers.backbones.precision import float32_products
 from ood_helpers.banks import FeatureBank, Head
 from ood_helpers.config.networks import NetworkRecipe
@@ -26,6 +27,7 @@ from ood_helpers.networks.base import Network
 from ood_helpers.progress import track
 from ood_helpers.rows import Row, comparison, row_of
 from ood_helpers.statistics import accuracy
+from ood_helpers.storage import Entry
 
 CODE_ALONG = [f"ood_helpers.{module}" for module in ("metrics", "statistics", "banks", "data.transforms")]
 
@@ -79,17 +81,94 @@ def compare_networks(
     the means over OOD sets, see results.mean_table
     """
     run.check_accuracy()
-    lines, resamples = [], {metric: {} for metric in results.METRICS}
-    for label, recipe in track(list(recipes.items()), description="networks", unit="network"):
-        detector = scored_by or create(recipe.scored_by)
-        row = Row(label, label, detector, run.network(recipe))
-        lines += row.results()
-        drawn = row.resamples()
-        for metric, of_methods in resamples.items():
-            columns = {name: drawn[f"{metric}/{name}"] for name in row.ood_sets()}
-            of_methods[label] = pd.DataFrame(columns)
-    table = results.with_published(pd.DataFrame(lines), None)
-    return table, results.mean_table(table, resamples)
+    networks = {label: run.network(recipe) for label, recipe in recipes.items()}
+    rows = {
+        label: Row(label, label, scored_by or create(network.recipe.scored_by), network)
+        for label, network in networks.items()
+    }
+
+    def compute() -> tuple[pd.DataFrame, pd.DataFrame]:
+        lines, resamples = [], {metric: {} for metric in results.METRICS}
+        for label, row in track(list(rows.items()), description="networks", unit="network"):
+            lines += row.results()
+            drawn = row.resamples()
+            for metric, of_methods in resamples.items():
+                columns = {name: drawn[f"{metric}/{name}"] for name in row.ood_sets()}
+                of_methods[label] = pd.DataFrame(columns)
+        table = results.with_published(pd.DataFrame(lines), None)
+        return table, results.mean_table(table, resamples)
+
+    entry = _comparison_entry(run, networks, {label: row.detector for label, row in rows.items()})
+    computed = cache(compute)
+    table = entry.table("results", lambda: computed()[0]).fillna({"tuned_on": ""})
+    return table, entry.table("means", lambda: computed()[1])
+
+
+def compare_held_out(
+    run: Experiment, recipes: Mapping[Any, NetworkRecipe], detector: Detector
+) -> pd.DataFrame:
+    """FPR95 and AUROC in percent of networks made by several recipes, ID validation images against the outliers to tune on:
+    what a setting may be chosen by.
+
+    Parameters
+    ----------
+    recipes : label -> recipe
+    detector : of logits or features, which learns nothing
+
+    Returns
+    -------
+    one line per recipe: label, fpr95, auroc
+    """
+    networks = {str(label): run.network(recipe) for label, recipe in recipes.items()}
+
+    def compute() -> pd.DataFrame:
+        lines = []
+        for label, network in networks.items():
+            bank = network.bank("validation")
+            fitted = copy.copy(detector).fit(bank, network.head())
+            values = metrics.evaluate(*map(fitted.score_samples, (bank, network.bank("tuning"))))
+            lines.append({"label": label, "fpr95": values["fpr95"], "auroc": values["auroc"]})
+        return pd.DataFrame(lines)
+
+    detectors = dict.fromkeys(networks, detector)
+    entry = _comparison_entry(run, networks, detectors, sets=("validation", "tuning"))
+    table = entry.table("held_out", compute)
+    return table.assign(label=list(recipes))
+
+
+def _comparison_entry(
+    run: Experiment,
+    networks: Mapping[str, Network],
+    detectors: Mapping[str, Detector],
+    sets: Sequence[str] | None = None,
+) -> Entry:
+    """Where a comparison of networks is kept."""
+    trained = {label: network.training_entry() for label, network in networks.items() if network.trained_here}
+    ood_sets = run.ood_sets()
+    names = [*run.context.image_sets.id_names(), *ood_sets] if sets is None else sets
+    return run.context.store.entry(
+        "comparisons",
+        code=[
+            "ood_helpers.rows",
+            "ood_helpers.results",
+            *{type(detector) for detector in detectors.values()},
+        ],
+        networks={
+            label: trained[label].inputs if label in trained else weights_fingerprint(network.model())
+            for label, network in networks.items()
+        },
+        training={label: entry.name for label, entry in trained.items()},
+        detectors={
+            label: [type(detector).__name__, detector.hyperparameters()]
+            for label, detector in detectors.items()
+        },
+        groups=ood_sets,
+        unreported={label: network.unreported() for label, network in networks.items()},
+        metrics=run.config.metrics.model_dump(),
+        transform=run.context.transform.fingerprint,
+        sets={name: run.image_set(name).fingerprint for name in names},
+        device=run.context.device.type,
+    )
 
 
 def sample_size(
@@ -167,8 +246,7 @@ def along_training(
     """
     if detectors is None:
         detectors = {row.label: row.detector for row in map(run.row, ("msp", "energy"))}
-    epochs = network.epochs()
-    if not epochs:
+    if not network.trained_here:
         raise InputError(
             f"{network.title} has saved no epochs, expected a network that was trained here and tracked; take another one."
         )
@@ -182,7 +260,7 @@ def along_training(
     ood_sets = {name: group for name, group in run.ood_sets().items() if name not in unreported}
 
     def compute() -> pd.DataFrame:
-        lines = []
+        lines, epochs = [], network.epochs()
         for epoch in track(epochs, description="Saved epochs", unit="epoch"):
             lines += _detection(run, network.at_epoch(epoch), images, detectors, ood_sets, epoch)
         return pd.DataFrame(lines)
@@ -191,7 +269,7 @@ def along_training(
         "along",
         code=[*CODE_ALONG, _detection, *network.code, *map(type, detectors.values())],
         training=network.training_entry().name,
-        epochs=list(epochs),
+        network=network.training_entry().inputs,
         images=images,
         sets={name: run.image_set(name).fingerprint for name in ("test", *ood_sets)},
         groups=ood_sets,

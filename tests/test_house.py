@@ -13,6 +13,7 @@ FLOORS = (
     ("errors", "files", "progress", "registry"),
     ("storage",),
     ("config",),
+    ("plan", "execution"),
     ("data", "backbones"),
     ("kernels", "metrics", "banks", "statistics", "extract"),
     ("detectors", "training", "results"),
@@ -23,7 +24,7 @@ FLOORS = (
     ("plots",),
     ("rows",),
     ("experiment",),
-    ("studies",),
+    ("studies", "shipping", "verification"),
     ("runner",),
     ("report",),
 )

@@ -146,6 +146,10 @@ class ExperimentConfig(Model):
     transform: TransformConfig
     backbone: BackboneConfig
     features: FeaturesConfig = FeaturesConfig()
+    weights: str | None = Field(
+        None,
+        description="folder of trainings that come with the kit, used where they have the settings of this config",
+    )
     networks: dict[str, Recipe] = Field({}, description="derived from the backbone, which rows may name")
     ablations: dict[str, Ablation] = Field({}, description="for the notebooks that compare trainings")
     watched: WatchedConfig = WatchedConfig()

@@ -32,7 +32,7 @@ def config_names() -> list[str]:
 
 
 def load_config(
-    experiment: str | Path, data_root: str | Path | None = None, overrides: Iterable[str] = ()
+    experiment: str | Path, data_root: str | Path | None = None, overrides: str | Iterable[str] = ()
 ) -> ExperimentConfig:
     """Read and validate an experiment.
 
@@ -41,7 +41,7 @@ def load_config(
     experiment : name of a file in configs/ (without .yaml), or a path to a YAML file
     data_root : folder that replaces `${data_root}`; None = data/ in the project
     overrides : settings such as "himplos.percentile=50", "backbone.training.epochs=3" or
-        "ood.SVHN.images.subset.first=256"; the value is YAML
+        "ood.SVHN.images.subset.first=256"; the value is YAML. See `listed` for a single text
 
     Raises
     ------
@@ -51,13 +51,21 @@ def load_config(
     root = str(resolve_path(data_root or "data"))
     data = _substitute(_read(path, ()), root)  # a copy: what YAML anchors share is changed apart
     data.setdefault("name", path.stem)
-    for override in overrides:
+    for override in listed(overrides):
         _apply_override(data, override)
     data = _substitute(data, root)
     try:
         return ExperimentConfig.model_validate(data)
     except ValidationError as error:
         raise InputError(f"{path.name}: {describe(error, data)}") from None
+
+
+def listed(overrides: str | Iterable[str]) -> tuple[str, ...]:
+    """Overrides one by one: of a list, of a text that is a list in YAML (`papermill -p` hands lists over so), or of one text."""
+    if isinstance(overrides, str):
+        text = overrides.strip()
+        overrides = yaml.safe_load(text) if text.startswith("[") else [text] if text else []
+    return tuple(overrides)
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> dict:

@@ -103,7 +103,11 @@ class Network:
 
     def ready(self) -> bool:
         """Whether its weights are there without any training."""
-        return not self.trained_here or finished(self.training_entry().directory)
+        return not self.trained_here or self.shipped() or finished(self.training_entry().directory)
+
+    def shipped(self) -> bool:
+        """Whether its training came with the kit."""
+        return self.trained_here and self.training_entry().restore is not None
 
     @once
     def head(self) -> Head:
