@@ -1,5 +1,6 @@
 # make run | test | lab | bench: each makes the environment in .venv first if it is missing or
-# requirements.txt has changed. PYTHON, CONFIG, DATA_ROOT and ARGS can be set on the command line.
+# requirements.txt has changed. PYTHON, CONFIG, DATA_ROOT and ARGS can be set on the command line. Without ARGS, make run ends
+# with a comparison with the committed tables.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	  $$p -c 'import sys; sys.exit(not (3, 11, 4) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -12,7 +13,7 @@ RUN_OPTIONS := --config $(CONFIG) $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)")
 .PHONY: run test lab bench environment clean
 
 run: $(STAMP)
-	$(BIN)/python run_all.py $(RUN_OPTIONS) $(ARGS)
+	$(BIN)/python run_all.py $(RUN_OPTIONS) $(or $(ARGS),--verify)
 
 test: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,6 +35,7 @@ $(STAMP): requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@! git rev-parse --git-dir >/dev/null 2>&1 || { $(BIN)/nbstripout --install --attributes .gitattributes && git config filter.nbstripout.required false; }
 	@touch $@
 
 clean:
