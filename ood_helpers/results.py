@@ -20,6 +20,7 @@ COLUMNS += ["aupr_in", "aupr_out", "detection_error", "threshold95", "id_accurac
 COLUMNS += ["hyperparameters", "published_fpr95", "published_auroc", "published_source"]
 COLUMNS += ["data_sha256", "fpr95_ood_positive", "tuned_on", "fit_seconds", "extra_passes"]
 METRICS = {"fpr95": ("FPR95", "lower is better"), "auroc": ("AUROC", "higher is better")}
+OVER_SEEDS = "mean over seeds ± standard deviation"  # a column of tables
 PUBLISHED_PATH = Path(__file__).with_name("published.csv")
 _read_published = cache(lambda: pd.read_csv(PUBLISHED_PATH))
 
@@ -113,6 +114,38 @@ def mean_table(results: pd.DataFrame, resamples: Mapping[str, Mapping[str, pd.Da
     return pd.DataFrame(lines)
 
 
+def with_seeds(means: pd.DataFrame, by_seed: pd.DataFrame) -> pd.DataFrame:
+    """A `mean_table` with the means over OOD sets of several seeds, whose networks were trained anew for each.
+
+    Parameters
+    ----------
+    by_seed : seed, method, ood_set, fpr95, auroc
+
+    Returns
+    -------
+    the table with, for each metric, _seeds (mean over seeds) and _seeds_std (standard deviation); NaN for other methods
+    """
+    means = means.copy()
+    for place, line in means.iterrows():
+        own = by_seed[(by_seed.method == line.method) & by_seed.ood_set.isin(line.ood_sets.split("; "))]
+        for metric in METRICS:
+            of_seed = own.groupby("seed")[metric].mean()
+            means.loc[place, [f"{metric}_seeds", f"{metric}_seeds_std"]] = of_seed.mean(), of_seed.std()
+    return means
+
+
+def seeds_against_images(means: pd.DataFrame, metric: str = "fpr95") -> str:
+    """Which is larger, the spread over seeds or over images: a sentence on the rows of a table `with_seeds`."""
+    rows = means[means[f"{metric}_seeds_std"].notna()].drop_duplicates("method", keep="last")
+    images = (rows[f"{metric}_hi"] - rows[f"{metric}_lo"]) / (2 * 1.96)
+    ratio = rows[f"{metric}_seeds_std"] / images
+    return (
+        f"The standard deviation over seeds of the mean {METRICS[metric][0]} is larger than that over images for "
+        f"{int((ratio > 1).sum())} of {len(rows)} rows, {ratio.median():.1f} times as large in the median: two methods that "
+        "are further apart than the interval over images may still change places with other networks."
+    )
+
+
 def _cells(
     results: pd.DataFrame,
     metric: str,
@@ -139,8 +172,16 @@ def _cells(
         if column is not None and line["method"] in cells.index:
             ends = (line[f"{metric}_{end}"] for end in ("std", "lo", "hi"))
             cells.loc[line["method"], column] += _uncertainty(*ends)
+    if means is not None and f"{metric}_seeds" in means:
+        over = means[means.ood_sets == "; ".join(ordered_sets(results))].set_index("method")
+        texts = [
+            "" if np.isnan(mean) else f"{mean:.1f} ± {spread:.1f}"
+            for mean, spread in zip(over[f"{metric}_seeds"], over[f"{metric}_seeds_std"])
+        ]
+        cells[OVER_SEEDS] = pd.Series(texts, over.index).reindex(cells.index).fillna("")
     cells = cells.map(escape)
     daggers = {method: f"{method} †" for method in _tuned_on(results)}
+    best = best.reindex(columns=cells.columns, fill_value=False)
     cells = cells.where(~best, cells.map(bold)).rename(index=daggers).rename(index=escape, columns=escape)
     for name in missing:
         cells[escape(name)] = "missing"

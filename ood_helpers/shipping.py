@@ -60,7 +60,7 @@ def ship(run: Experiment, folder: Path, *, every_training: bool) -> list[str]:
 
 def write_seeds(runs: Iterator[Experiment], folder: Path) -> pd.DataFrame:
     """The results of several seeds, of which each has networks of its own, as the folder's seeds.csv."""
-    table = pd.concat([run.results()[BY_SEED] for run in runs], ignore_index=True)
+    table = pd.concat([run.results([*run.rows()])[BY_SEED] for run in runs], ignore_index=True)
     write_text(folder / SEEDS, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     return table
 

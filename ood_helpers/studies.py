@@ -26,6 +26,7 @@ from ood_helpers.files import write_text
 from ood_helpers.networks.base import Network
 from ood_helpers.progress import track
 from ood_helpers.rows import Row, comparison, row_of
+from ood_helpers.shipping import seed_results
 from ood_helpers.statistics import accuracy
 from ood_helpers.storage import Entry
 
@@ -335,7 +336,8 @@ def collect_results(run: Experiment, seeds: Iterable[int] | None = None) -> pd.D
 
 
 def collect_means(run: Experiment, table: pd.DataFrame) -> pd.DataFrame:
-    """The means over OOD sets with their intervals, see results.mean_table, written to means.csv and returned.
+    """The means over OOD sets with their intervals, see results.mean_table, and with those of the shipped seeds, written to
+    means.csv and returned.
 
     Parameters
     ----------
@@ -346,7 +348,10 @@ def collect_means(run: Experiment, table: pd.DataFrame) -> pd.DataFrame:
     means = pd.concat(
         results.mean_table(part, {metric: run.resamples(part, metric) for metric in results.METRICS})
         for part in parts
-    ).drop_duplicates(["method", "ood_sets"])
+    ).drop_duplicates(["method", "ood_sets"], ignore_index=True)
+    by_seed = seed_results(run)
+    if by_seed is not None and table.seed.nunique() == 1:
+        means = results.with_seeds(means, by_seed)
     path = run.directory / "means.csv"
     write_text(path, means.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     return pd.read_csv(path)

@@ -24,7 +24,8 @@ FLOORS = (
     ("plots",),
     ("rows",),
     ("experiment",),
-    ("studies", "shipping", "verification"),
+    ("shipping",),
+    ("studies", "verification"),
     ("runner",),
     ("report",),
 )
