@@ -109,14 +109,15 @@ class Entry:
 
         return self._kept(f"{name}.json", read, write_json, compute)
 
-    def table(self, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """The table of <name>.csv, as read from the file, whose last line counts the others."""
+    def table(self, name: str, compute: Callable[[], pd.DataFrame], texts: Sequence[str] = ()) -> pd.DataFrame:
+        """The table of <name>.csv, as read from the file, whose last line counts the others; `texts` are columns that are not
+        taken for numbers."""
 
         def read(path: Path) -> pd.DataFrame:
             text, _, count = path.read_text().rpartition("# lines: ")
             if count != f"{text.count(chr(10))}\n":
                 raise ValueError
-            return pd.read_csv(StringIO(text))
+            return pd.read_csv(StringIO(text), dtype=dict.fromkeys(texts, str))
 
         def write(path: Path, table: pd.DataFrame) -> None:
             text = table.to_csv(index=False)

@@ -101,8 +101,8 @@ def compare_networks(
 
     entry = _comparison_entry(run, networks, {label: row.detector for label, row in rows.items()})
     computed = cache(compute)
-    table = entry.table("results", lambda: computed()[0]).fillna({"tuned_on": ""})
-    return table, entry.table("means", lambda: computed()[1])
+    table = entry.table("results", lambda: computed()[0], texts=["method"]).fillna({"tuned_on": ""})
+    return table, entry.table("means", lambda: computed()[1], texts=["method"])
 
 
 def compare_held_out(

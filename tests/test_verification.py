@@ -1,0 +1,126 @@
+"""Comparing a run's tables with the committed ones, and what a run writes where."""
+
+import pandas as pd
+import pytest
+from small_experiments import small
+
+from ood_helpers import verification
+from ood_helpers.config.loader import listed
+from ood_helpers.experiment import Experiment
+from ood_helpers.verification import update_figures, verify
+
+TABLE = pd.DataFrame(
+    {"letters": [50.0, 20.0], "noise": [10.0, None]}, pd.Index(["MSP", "KNN"], name="method")
+)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "COMMITTED", tmp_path / "committed")
+    return Experiment.open("digits", run_dir=str(tmp_path / "runs"), device="cpu")
+
+
+def write(folder, name, table):
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / name)
+
+
+def both(run, tmp_path, committed, own, name="30_results_fpr95.csv"):
+    write(tmp_path / "committed" / "digits", name, committed)
+    write(run.figures_directory, name, own)
+
+
+@pytest.mark.parametrize(
+    ("metric", "moved", "out"),
+    [("fpr95", 0.1, 0), ("fpr95", 0.11, 1), ("auroc", 0.02, 0), ("auroc", 0.021, 1)],
+)
+def test_a_cell_is_out_beyond_the_tolerance(run, tmp_path, metric, moved, out):
+    own = TABLE.copy()
+    own.loc["KNN", "letters"] += moved
+    both(run, tmp_path, TABLE, own, f"30_results_{metric}.csv")
+    (compared,) = verify(run)
+    assert (compared.cells, compared.out, compared.held) == (3, out, True)
+    assert compared.largest == pytest.approx(moved) and compared.where == "KNN, letters"
+    assert ("1 beyond" in str(compared)) == bool(out)
+
+
+def test_a_row_or_a_table_that_is_missing_is_out(run, tmp_path):
+    both(run, tmp_path, TABLE, TABLE.drop(index="KNN"))
+    assert [table.out for table in verify(run)] == [1]
+    both(run, tmp_path, TABLE.drop(index="KNN"), TABLE)
+    assert [table.out for table in verify(run)] == [1]
+    (run.figures_directory / "30_results_fpr95.csv").unlink()
+    assert [table.out for table in verify(run)] == [2]
+
+
+def test_only_some_notebooks_are_compared(run, tmp_path):
+    both(run, tmp_path, TABLE, TABLE)
+    both(run, tmp_path, TABLE, TABLE, "13_mos_grouping_auroc.csv")
+    assert [table.table for table in verify(run, ("13_mos",))] == ["13_mos_grouping_auroc"]
+    assert len(verify(run)) == 2 and verify(run, ("12_line",)) == []
+
+
+def test_networks_trained_here_are_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "COMMITTED", tmp_path / "committed")
+    run = small(tmp_path, "weights=null")
+    own = TABLE + 5
+    both(run, tmp_path, TABLE, own)
+    (compared,) = verify(run)
+    assert not compared.held and compared.out == 3 and "not held" in str(compared)
+
+
+def test_updated_figures_are_those_of_the_run(run, tmp_path):
+    folder = run.figures_directory
+    folder.mkdir(parents=True)
+    names = [
+        "30_results.png",
+        "30_results.svg",
+        "30_results_cost.png",
+        "30_results_fpr95.csv",
+        "manifest.json",
+    ]
+    for name in names:
+        (folder / name).write_text(name)
+    old = tmp_path / "committed" / "digits" / "12_gone.png"
+    old.parent.mkdir(parents=True)
+    old.write_text("old")
+    target = update_figures(run, names[:-1])
+    assert sorted(path.name for path in target.iterdir()) == [
+        "30_results.png",
+        "30_results_fpr95.csv",
+        "manifest.json",
+    ]
+
+
+# ---- changed settings go to a run of their own ------------------------------------------------------------
+
+
+def test_changed_settings_have_folders_and_captions_of_their_own(tmp_path):
+    folders = {"run_dir": str(tmp_path), "device": "cpu"}
+    plain = Experiment.open("digits", **folders)
+    changed = Experiment.open("digits", **folders, overrides=["line.delta=0.8", "knn.k=3"])
+    assert (
+        plain.directory == tmp_path / "digits" and plain.figures_directory == tmp_path / "figures" / "digits"
+    )
+    assert changed.directory == tmp_path / "digits+line.delta=0.8+knn.k=3"
+    assert changed.figures_directory == tmp_path / "figures" / "digits+line.delta=0.8+knn.k=3"
+    assert changed.with_seed(1).directory == changed.directory
+    assert "changed: line.delta=0.8, knn.k=3" in changed.caption and "changed" not in plain.caption
+    many = Experiment.open(
+        "digits", **folders, overrides=[f"ood.noise.images.count={n}" for n in range(20, 40)]
+    )
+    assert len(many.directory.name) < 120 and many.directory != changed.directory
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], ()),
+        ("", ()),
+        ("line.delta=0.8", ("line.delta=0.8",)),
+        ('["line.delta=0.8"]', ("line.delta=0.8",)),
+        (["line.delta=0.8", "tuning.grids={}"], ("line.delta=0.8", "tuning.grids={}")),
+    ],
+)
+def test_overrides_are_a_list_or_a_text(given, expected):
+    assert listed(given) == expected
