@@ -114,7 +114,7 @@ class Display:
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.bars: dict[str, int] = {}
         self.told: dict[str, float] = {}
-        self.expected, self.begun = expected, time.monotonic()
+        self.expected = expected
 
     def report(self, task: Task, now: str, share: float) -> None:
         if task.name not in self.bars:
@@ -130,8 +130,9 @@ class Display:
         self.expected.pop(task.name, None)
         colour = {"failed": "red", "skipped": "yellow"}.get(outcome.status, "green")
         seconds = f" ({outcome.seconds:.0f} s)" if outcome.status in ("done", "failed") else ""
-        left = sum(self.expected.values())
-        left = f", about {_duration(left)} left" if left and outcome.status == "done" else ""
+        left = f", {len(self.expected)} notebooks left" if self.expected and outcome.status == "done" else ""
+        if left and all(self.expected.values()):  # as long as they took before
+            left += f", about {_duration(sum(self.expected.values()))}"
         detail = f": {outcome.error}" if outcome.error else ""
         console.print(Text.assemble((f"{task.name:24}{outcome.status}{seconds}", colour), detail, left))
 
@@ -272,12 +273,21 @@ def retrain(arguments: argparse.Namespace, parameters: dict) -> int:
 
 
 def show_headline(experiment: Experiment) -> None:
-    """The best rows, and where the rest is."""
-    from ood_helpers.results import headline
+    """The best rows, or those whose settings were changed, and where the others are."""
+    from ood_helpers.results import headline, read_results
 
     path = experiment.directory / "results.csv"
+    changed = {change.partition(".")[0] for change in experiment.changes} & experiment.rows().keys()
+    if changed:
+        table = experiment.results(sorted(changed))
+        plain = experiment.run_dir / experiment.config.name / "results.csv"
+        before = read_results(plain) if plain.exists() else table.iloc[:0]
+        console.print(headline(table, f"With {', '.join(experiment.changes)}"))
+        if len(before := before[before.method.isin(table.method)]):
+            console.print(headline(before, "With the config's settings"))
+    elif path.exists():
+        console.print(headline(read_results(path), "Best rows"))
     if path.exists():
-        console.print(headline(path))
         console.print(f"Results    {path}")
 
 

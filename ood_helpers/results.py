@@ -318,13 +318,12 @@ def tuning_pairs(results: pd.DataFrame) -> pd.DataFrame:
     return pairs.sort_values("method", key=lambda names: names.map(order.index), kind="stable")
 
 
-def headline(path: Path, rows: int = 5) -> str:
-    """The best rows of a results file by mean FPR95, one line each."""
-    table = defaults(read_results(path))
-    means = pd.DataFrame({metric: wide_table(table, metric)["mean"] for metric in METRICS}).dropna()
-    best = means.sort_values("fpr95", kind="stable").head(rows)
-    lines = [f"  {name:32}{row.fpr95:6.1f} {row.auroc:7.1f}" for name, row in best.iterrows()]
-    return "\n".join([f"Best of {len(means)} rows, means over OOD sets:{'FPR95':>5}   AUROC", *lines])
+def headline(results: pd.DataFrame, title: str, rows: int = 5) -> str:
+    """The best rows of a results table by mean FPR95, one line each."""
+    means = pd.DataFrame({metric: wide_table(defaults(results), metric)["mean"] for metric in METRICS})
+    best = means.dropna().sort_values("fpr95", kind="stable").head(rows)
+    lines = [f"  {name:32}FPR95{row.fpr95:6.1f}   AUROC{row.auroc:6.1f}" for name, row in best.iterrows()]
+    return "\n".join([f"{title}, means over the OOD sets:", *lines])
 
 
 def paired_differences(

@@ -7,6 +7,7 @@ it depends on (cells, parameters, config, package, image sets): a second run exe
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -43,6 +44,7 @@ class _LastLine(io.TextIOBase):
         self.report = report
 
     def write(self, text: str) -> None:
+        text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)  # movements of the cursor
         lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
         if lines:
             self.report(lines[-1])

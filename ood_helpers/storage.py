@@ -109,7 +109,9 @@ class Entry:
 
         return self._kept(f"{name}.json", read, write_json, compute)
 
-    def table(self, name: str, compute: Callable[[], pd.DataFrame], texts: Sequence[str] = ()) -> pd.DataFrame:
+    def table(
+        self, name: str, compute: Callable[[], pd.DataFrame], texts: Sequence[str] = ()
+    ) -> pd.DataFrame:
         """The table of <name>.csv, as read from the file, whose last line counts the others; `texts` are columns that are not
         taken for numbers."""
 
