@@ -1,6 +1,5 @@
 """An experiment, as notebooks open it: image sets -> networks -> banks -> rows -> results, each computed once and kept."""
 
-import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,28 +14,23 @@ from ood_helpers.backbones.precision import resolve_device
 from ood_helpers.banks import Bank
 from ood_helpers.config.base import PROJECT_ROOT, resolve_path
 from ood_helpers.config.experiment import ExperimentConfig
-from ood_helpers.config.loader import listed, load_config
+from ood_helpers.config.loader import changes_as_name, listed, load_config
 from ood_helpers.config.networks import NetworkRecipe
 from ood_helpers.data.image_set import ImageSet
 from ood_helpers.detectors.base import DETECTORS, Detector
 from ood_helpers.errors import InputError, nearest
-from ood_helpers.files import sha256_of_json
 from ood_helpers.image_sets import ImageSets
 from ood_helpers.networks.backbone import Backbone
 from ood_helpers.networks.base import NETWORKS, Context, Network
 from ood_helpers.rows import Row, TunedRow, check_tuned_apart, make_row, make_rows, row_of
 from ood_helpers.storage import Shipped, Store
 
-LONGEST = 80  # characters of changed settings in a folder's name
-
 
 class Experiment:
     """One experiment with one seed.
 
-    Folders below `run_dir`: banks/, models/, scores/ and others (shared by all experiments, see `storage`), cache/ (unpacked
-    arrays and hashes of files), and <name>/ with results.csv. Figures and tables go to `figures_dir`/<name>/, those of a seed
-    other than 0 to seed<n>/ below it. The name is that of the config; changed settings are part of it, so that a trial never
-    writes over the experiment itself.
+    Below `run_dir`: banks/, models/ and others (shared by all, see `storage`), cache/ (unpacked arrays, hashes of files) and
+    <name>/ with results.csv. Figures and tables go to `figures_dir`/<name>/, of other seeds than 0 to seed<n>/ below it. Changed settings are part of the name: a trial never writes over the experiment.
     """
 
     def __init__(
@@ -60,8 +54,7 @@ class Experiment:
             skip_missing=skip_missing,
             skip_unreadable=skip_unreadable,
         )
-        shipped = None if config.weights is None else Shipped(resolve_path(config.weights))
-        store = Store(self.run_dir, shipped)
+        store = Store(self.run_dir, Shipped.of(config.weights))
         self.context = Context(config, seed, resolve_device(device), store, self.image_sets)
         self.backbone = Backbone(self.context)
         self._networks: dict[str, Network] = {}
@@ -82,8 +75,7 @@ class Experiment:
         skip_missing: bool = False,
         skip_unreadable: bool = False,
     ) -> "Experiment":
-        """Open an experiment by name or config path; empty folders mean data/ and runs/ of the project, and figures/ in the
-        latter.
+        """Open an experiment by name or config path; empty folders mean data/, runs/ and runs/figures/ of the project.
 
         Raises
         ------
@@ -105,20 +97,15 @@ class Experiment:
         """The same experiment with another seed."""
         if seed == self.seed:
             return self
-        folders = self.run_dir, self.figures_root
-        device = str(self.context.device)
-        shared = {"changes": self.changes, "image_sets": self.image_sets}
-        return Experiment(self.config, *folders, seed=seed, device=device, **shared)
+        same = {"device": str(self.context.device), "changes": self.changes, "image_sets": self.image_sets}
+        return Experiment(self.config, self.run_dir, self.figures_root, seed=seed, **same)
 
     # ---- folders and names ------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        """That of the config and, as part of a file name, of the settings that were changed."""
-        changes = "+".join(re.sub(r"[^\w.=-]+", "_", change) for change in self.changes)
-        if len(changes) > LONGEST:
-            changes = f"{changes[:LONGEST]}_{sha256_of_json(self.changes)[:8]}"
-        return self.config.name + (f"+{changes}" if changes else "")
+        """That of the config and of the settings that were changed."""
+        return "+".join([self.config.name, *filter(None, [changes_as_name(self.changes)])])
 
     @property
     def directory(self) -> Path:

@@ -172,6 +172,11 @@ class Shipped:
                 "shipped; restore it with git checkout, or set weights: null to train here."
             ) from None
 
+    @classmethod
+    def of(cls, folder: str | None) -> "Shipped | None":
+        """Those of a folder below the project, as configs name it; None for none."""
+        return None if folder is None else cls(ROOT.parent / folder)
+
     def copy(self, record: Mapping[str, Any], directory: Path) -> None:
         """Copy the files of a record into an entry's folder where they are not there or have changed.
 

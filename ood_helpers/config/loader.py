@@ -19,10 +19,12 @@ from ood_helpers.config.base import (
 )
 from ood_helpers.config.experiment import ExperimentConfig
 from ood_helpers.errors import InputError, nearest
+from ood_helpers.files import sha256_of_json
 
 # A mapping that sets one of these to another value replaces the mapping that it would extend.
 CHOICES = ("source", "set", "architecture", "method", "strategy", "kind", "detector")
 
+LONGEST = 80  # characters of overrides in a folder's name
 OWN = ("name", "description")  # what a config does not take over from those that it extends
 
 
@@ -66,6 +68,12 @@ def listed(overrides: str | Iterable[str]) -> tuple[str, ...]:
         text = overrides.strip()
         overrides = yaml.safe_load(text) if text.startswith("[") else [text] if text else []
     return tuple(overrides)
+
+
+def changes_as_name(changes: tuple[str, ...]) -> str:
+    """Overrides as part of a folder's name."""
+    name = "+".join(re.sub(r"[^\w.=-]+", "_", change) for change in changes)
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}_{sha256_of_json(changes)[:8]}"
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> dict:
