@@ -8,8 +8,9 @@ from ood_helpers import studies
 from ood_helpers.config import PROJECT_ROOT
 from ood_helpers.experiment import Experiment
 from ood_helpers.files import sha256_of_file
+from ood_helpers.plan import Task
 from ood_helpers.report import record, write_manifest, write_report
-from ood_helpers.runner import Outcome, Task
+from ood_helpers.runner import Outcome
 
 SMALL = [
     "backbone.training={epochs: 1, batch_size: 256}",

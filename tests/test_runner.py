@@ -5,10 +5,11 @@ import json
 import nbformat
 import pytest
 
-from ood_helpers import runner as runner_module
+from ood_helpers import plan as plan_module
 from ood_helpers.errors import InputError
 from ood_helpers.experiment import Experiment
-from ood_helpers.runner import NOTEBOOKS, Runner, notebook_names, package_fingerprint, plan
+from ood_helpers.plan import NOTEBOOKS, notebook_names, plan
+from ood_helpers.runner import Runner, package_fingerprint
 
 PARAMETERS = 'experiment = ""\nrun_dir = ""\nfigures_dir = ""\nseed = 0\nseeds = [0]\noverrides = []'
 
@@ -28,7 +29,7 @@ def write(folder, name, *sources, needs=(), after=(), per_seed=False):
 def notebooks(tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    monkeypatch.setattr(runner_module, "NOTEBOOKS", folder)
+    monkeypatch.setattr(plan_module, "NOTEBOOKS", folder)
     return folder
 
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ood_helpers.config import PROJECT_ROOT
-from ood_helpers.runner import NOTEBOOKS
+from ood_helpers.plan import NOTEBOOKS
 
 PROJECT = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
 PINS = [

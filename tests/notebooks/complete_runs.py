@@ -66,5 +66,10 @@ def run_cells(name, parameters):
             shell.run_cell(cell.source, silent=True).raise_error()
         if "parameters" in cell.metadata.get("tags", ()):
             shell.user_ns.update(parameters)
-    folder = Path(parameters["figures_dir"]) / parameters["experiment"]
+    folder = folder_of(Path(parameters["figures_dir"]), parameters["experiment"])
     return {path.name for path in folder.glob(f"{name}*")}
+
+
+def folder_of(parent, experiment):
+    """The first folder of an experiment, whose changed settings are part of its name."""
+    return min(Path(parent).glob(f"{experiment}*"), key=lambda path: path.stat().st_ctime)

@@ -9,11 +9,11 @@ import sys
 
 import pandas as pd
 import pytest
-from complete_runs import TUNED, few_steps, folders, run_all, run_cells
+from complete_runs import TUNED, few_steps, folder_of, folders, run_all, run_cells
 
 from ood_helpers.config import PROJECT_ROOT, load_config
+from ood_helpers.plan import notebook_names
 from ood_helpers.results import COLUMNS
-from ood_helpers.runner import notebook_names
 
 SETS = {"letters", "chimeras", "photographs", "textures", "noise"}
 # Some rows of each kind: figures of all take long to draw, and test_real_cifar10 scores them all.
@@ -75,7 +75,7 @@ def test_digits_run_from_nothing_to_the_report(digits):
     assert status == 0, output
     assert "report.html" in output and "results.csv" in output
     assert "small demonstration" in output  # honest about what it is
-    results = pd.read_csv(folder / "runs" / "digits" / "results.csv")
+    results = pd.read_csv(folder_of(folder / "runs", "digits") / "results.csv")
     assert list(results.columns) == COLUMNS
     tuned = results.method.str.endswith("(tuned)")
     assert set(results[~tuned].method) == set(ROWS.values())
@@ -83,18 +83,18 @@ def test_digits_run_from_nothing_to_the_report(digits):
     assert set(results[tuned].ood_set) == SETS - {"chimeras"}  # they were tuned on such images
     assert set(results[~tuned].groupby("method").ood_set.apply(frozenset)) == {frozenset(SETS)}
     assert results.tuned_on.notna().equals(tuned)
-    manifest = json.loads((folder / "runs" / "digits" / "manifest.json").read_text())
+    manifest = json.loads((folder_of(folder / "runs", "digits") / "manifest.json").read_text())
     assert [name for name, how in manifest["notebooks"].items() if how == "done"] == RUN
     assert set(manifest["inputs"]["seed0"]["banks"]) == {"train", "validation", "test", "tuning", *SETS}
-    figures = {path.name for path in (folder / "figures" / "digits").iterdir()}
+    figures = {path.name for path in (folder_of(folder / "figures", "digits")).iterdir()}
     assert set(manifest["outputs"]) == figures - {"manifest.json"}
     for what in ("", "_paired_differences", "_mean_rank", "_tuned", "_fpr_conventions", "_cost"):
         assert {f"30_results{what}.png", f"30_results{what}.svg"} <= figures
     for suffix in ("csv", "md", "tex"):
         assert {f"30_results_fpr95.{suffix}", f"30_results_tuned_auroc.{suffix}"} <= figures
-    report = (folder / "runs" / "digits" / "report.html").read_text()
+    report = (folder_of(folder / "runs", "digits") / "report.html").read_text()
     for link in re.findall(r'href="(notebooks/[^"]+)"', report):
-        assert (folder / "runs" / "digits" / link).exists()
+        assert (folder_of(folder / "runs", "digits") / link).exists()
     assert report.count("data:image/png;base64,") == sum(figure.endswith(".png") for figure in figures)
     assert all(label in report for label in ROWS.values())
 
@@ -115,7 +115,7 @@ def command(tmp_path, monkeypatch, capsys):
 
 def test_a_second_run_has_nothing_to_do_and_says_so(digits, command):
     folder, arguments, _ = digits
-    manifest = folder / "figures" / "digits" / "manifest.json"
+    manifest = folder_of(folder / "figures", "digits") / "manifest.json"
     before = manifest.read_bytes()
     status, output = command(*folders(folder), *arguments)
     assert status == 0 and output.count("up to date") == len(RUN)
@@ -139,6 +139,9 @@ def test_a_failing_notebook_gives_exit_status_1_and_names_cell_and_error(digits,
         (["--only", "12_lien"], "did you mean '12_line'"),
         (["--config", "cifar10_npz", "--data-root", "/nowhere"], "/nowhere/data/ood/svhn.npz"),
         (["--seeds", "1", "1"], "expected different numbers"),
+        (["--verify", "--set", "line.delta=0.8"], "expected the experiment as it is"),
+        (["--update-weights"], "expected --retrain beside it"),
+        (["--retrain", "--only", "12_line"], "it trains all of the config"),
         (["--forc"], "unrecognized arguments: --forc"),
     ],
 )
@@ -147,8 +150,10 @@ def test_wrong_arguments_are_sentences_without_a_traceback(command, arguments, s
     assert status != 0 and sentence in output and "Traceback" not in output
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--config", "cifar"], ["--set", "backbone.epochs=3"]])
-def test_help_and_a_wrong_config_are_answered_without_pytorch(arguments):
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--config", "cifar"], ["--set", "backbone.epochs=3"], ["--only", "12_lien"]]
+)
+def test_help_and_a_wrong_name_are_answered_without_pytorch(arguments):
     code = "import runpy, sys\ntry: runpy.run_path('run_all.py', run_name='__main__')\nfinally: assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, *arguments]
     finished = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
@@ -189,7 +194,7 @@ def test_papermill_runs_a_notebook_by_itself(digits, tmp_path):
         env=os.environ,
     )
     assert finished.returncode == 0, finished.stderr
-    assert (tmp_path / "figures" / "digits" / "12_line_masks.png").exists()
+    assert (folder_of(tmp_path / "figures", "digits") / "12_line_masks.png").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in notebook_names() if name not in RUN])
