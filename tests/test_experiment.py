@@ -145,7 +145,7 @@ def test_killed_at_any_point_and_started_again_ends_in_the_same_table(finished, 
         else:
             assert process.communicate(timeout=wait)[0].strip() == "finished"
     assert kills
-    files = [pd.read_csv(f / "runs" / "digits" / "results.csv", dtype=str) for f in (folder, tmp_path)]
+    files = [pd.read_csv(small(f).directory / "results.csv", dtype=str) for f in (folder, tmp_path)]
     pd.testing.assert_frame_equal(files[0].drop(columns=TIMES), files[1].drop(columns=TIMES))
 
 
