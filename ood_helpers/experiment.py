@@ -172,11 +172,14 @@ class Experiment:
         return NETWORKS[recipe.method](self.context, recipe, name, self.backbone)
 
     def training_methods(self) -> set[str]:
-        """How the networks are made that the config describes or a row scores: `classifier`, `dense`, ..."""
+        """How the networks are made that the config describes or a row scores, where the notebook of the method has
+        something to show of them: `classifier`, `dense`, ..."""
         names = {*self.config.networks, *(row.network.name for row in self._rows.values())}
         recipes = [recipe for name, recipe in self.config.all_networks().items() if name in names]
         return {
-            recipe.method for recipe in recipes if not set(recipe.image_sets) & self.image_sets.missing.keys()
+            recipe.method
+            for recipe in recipes
+            if recipe.has_notebook and not set(recipe.image_sets) & self.image_sets.missing.keys()
         }
 
     def bank(self, name: str) -> Bank:
