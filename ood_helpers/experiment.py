@@ -49,10 +49,7 @@ class Experiment:
         self.config, self.seed, self.changes = config, seed, changes
         self.run_dir, self.figures_root = Path(run_dir), Path(figures_dir)
         self.image_sets = image_sets or ImageSets(
-            config,
-            self.run_dir / "cache",
-            skip_missing=skip_missing,
-            skip_unreadable=skip_unreadable,
+            config, self.run_dir / "cache", skip_missing=skip_missing, skip_unreadable=skip_unreadable
         )
         store = Store(self.run_dir, Shipped.of(config.weights))
         self.context = Context(config, seed, resolve_device(device), store, self.image_sets)
@@ -180,11 +177,13 @@ class Experiment:
         return NETWORKS[recipe.method](self.context, recipe, name, self.backbone)
 
     def training_methods(self) -> set[str]:
-        """How the networks are made that the config describes or a row scores: `classifier`, `dense`, ..."""
+        """How those networks of the config and of rows are made that a notebook has something to show of: `dense`, ..."""
         names = {*self.config.networks, *(row.network.name for row in self._rows.values())}
         recipes = [recipe for name, recipe in self.config.all_networks().items() if name in names]
         return {
-            recipe.method for recipe in recipes if not set(recipe.image_sets) & self.image_sets.missing.keys()
+            recipe.method
+            for recipe in recipes
+            if recipe.has_notebook and not set(recipe.image_sets) & self.image_sets.missing.keys()
         }
 
     def bank(self, name: str) -> Bank:

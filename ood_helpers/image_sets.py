@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ood_helpers.config.base import resolve_path
+from ood_helpers.config.base import DownloadedFile, resolve_path
 from ood_helpers.config.experiment import ID_SETS, ExperimentConfig
+from ood_helpers.data.archives import provide
 from ood_helpers.data.image_set import ImageSet
 from ood_helpers.data.sources import open_image_set
 from ood_helpers.errors import InputError, MissingDataError, nearest
@@ -88,7 +89,7 @@ class ImageSets(Mapping[str, ImageSet]):
         return getattr(self.config, name).name if name in ("tuning", "outliers") else name
 
     def check(self) -> None:
-        """Open (and fetch) every image set and find every checkpoint.
+        """Open (and fetch) every image set, and find (or fetch) every checkpoint.
 
         Raises
         ------
@@ -100,7 +101,7 @@ class ImageSets(Mapping[str, ImageSet]):
         problems = [
             f"No checkpoint {path}, expected the weights of the network; put the file there."
             for path in checkpoints(self.config)
-            if not resolve_path(path).exists()
+            if isinstance(path, str) and not resolve_path(path).exists()
         ]
         local = [
             name for name, images in self._sources.items() if images.source not in ("torchvision", "archive")
@@ -109,6 +110,11 @@ class ImageSets(Mapping[str, ImageSet]):
         self._open(local, missing, problems)
         if not problems and (not missing or self.skip_missing):  # else nothing is fetched for nothing
             self._open([name for name in self._sources if name not in local], missing, problems)
+            for file in checkpoints(self.config):
+                try:
+                    provide(file)
+                except MissingDataError as error:
+                    problems.append(str(error))
         if missing and not self.skip_missing:
             hint = "To continue without the missing OOD sets, add --skip-missing (skip_missing=True)."
             problems += [*missing.values(), hint]
@@ -210,7 +216,7 @@ class ImageSets(Mapping[str, ImageSet]):
         return pd.DataFrame(rows).fillna("")
 
 
-def checkpoints(config: ExperimentConfig) -> list[str]:
+def checkpoints(config: ExperimentConfig) -> list[str | DownloadedFile]:
     """The files of weights that an experiment needs: of the backbone, of networks, and those that trainings start from."""
     files = [] if config.backbone.checkpoint is None else [config.backbone.checkpoint]
     return files + [file for recipe in config.networks.values() for file in recipe.files]

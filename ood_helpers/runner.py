@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from ood_helpers.config.base import PROJECT_ROOT, resolve_path
+from ood_helpers.config.base import PROJECT_ROOT
+from ood_helpers.data.archives import provide
 from ood_helpers.experiment import Experiment
 from ood_helpers.files import sha256_of_file, sha256_of_json, write_json, write_text
 from ood_helpers.image_sets import checkpoints
@@ -68,7 +69,7 @@ class Runner:
         self.directory = experiment.directory / "notebooks"
         images = {name: item.fingerprint for name, item in sorted(experiment.image_sets.opened.items())}
         settings = {key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")}
-        files = [resolve_path(path) for path in checkpoints(experiment.config)]
+        files = [provide(file) for file in checkpoints(experiment.config)]
         files += [path for recipe in experiment.config.networks.values() for path in recipe.other_files]
         config = experiment.config.model_dump(mode="json")
         self._common = [package_fingerprint(), images, [*map(sha256_of_file, files)], settings, config]

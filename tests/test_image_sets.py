@@ -186,9 +186,18 @@ def test_a_missing_checkpoint_is_reported_before_the_pass(data):
 
 def test_nothing_is_fetched_for_a_run_that_cannot_start(tmp_path, monkeypatch):
     monkeypatch.setattr("requests.get", lambda *_, **__: pytest.fail("a download"))
-    sets = ImageSets(load_config("cifar10_densenet", tmp_path), tmp_path / "cache")
-    with pytest.raises(MissingDataError, match=r"No checkpoint .*cifar10_densenet101_dice"):
-        sets.check()
+    config = load_config("cifar10_densenet", tmp_path, ["backbone.checkpoint=${data_root}/mine.pth"])
+    with pytest.raises(MissingDataError, match=r"No checkpoint .*mine\.pth"):
+        ImageSets(config, tmp_path / "cache").check()
+
+
+def test_a_checkpoint_can_be_a_download(data, monkeypatch):
+    download = "backbone.checkpoint={path: '${data_root}/fetched.pth', url: 'http://127.0.0.1:9/net.pth'}"
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(MissingDataError, match=r"fetched\.pth is missing and could not be downloaded"):
+        open_sets(data, download).check()
+    (data / "weights.pth").rename(data / "fetched.pth")
+    open_sets(data, download).check()
 
 
 # what is wrong

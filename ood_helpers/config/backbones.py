@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from ood_helpers.config.base import Model
+from ood_helpers.config.base import DownloadedFile, Model
 
 
 class TrainingConfig(Model):
@@ -42,7 +42,7 @@ class ArchitectureConfig(Model):
 
     blocks: ClassVar[int]  # how many parts `images.depth` of a network counts
 
-    checkpoint: str | None = None
+    checkpoint: str | DownloadedFile | None = None
     training: TrainingConfig | None = None
     expected_accuracy: float | None = Field(None, ge=0, le=100, description="percent on the ID test set")
     tolerance: NonNegativeFloat = Field(0.5, description="percentage points")

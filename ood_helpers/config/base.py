@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from ood_helpers.errors import InputError, nearest
 
@@ -46,6 +46,22 @@ class Model(BaseModel):
             return type(self).model_validate(data)
         except ValidationError as error:
             raise InputError(describe(error, data)) from None
+
+
+class Download(Model):
+    """A file on the web, and what is known of it. Without a checksum the first download is trusted, recorded, and
+    compared with from then on."""
+
+    url: str
+    size: PositiveInt | None = Field(None, description="bytes")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    md5: str | None = Field(None, pattern="^[0-9a-f]{32}$")
+
+
+class DownloadedFile(Download):
+    """A file that is fetched to `path` if it is not there."""
+
+    path: str
 
 
 def describe(error: ValidationError, data: Any) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, model_validator
 
-from ood_helpers.config.base import Model
+from ood_helpers.config.base import Download, Model
 
 
 class RangeSubset(Model):
@@ -17,7 +17,7 @@ class RangeSubset(Model):
     @model_validator(mode="after")
     def _not_empty(self) -> "RangeSubset":
         if self.first is None and self.after is None:
-            raise ValueError("a subset takes exactly one of first (and after), per_class and random")
+            raise ValueError("a subset takes exactly one of first (and after), per_class, random and runs")
         return self
 
 
@@ -34,13 +34,30 @@ class RandomSubset(Model):
     seed: NonNegativeInt = 0
 
 
+class RunsSubset(Model):
+    """Runs of neighbours: those from `start` up to, without, `stop`. They make up a set of their own, numbered from 0."""
+
+    runs: tuple[tuple[NonNegativeInt, PositiveInt], ...] = Field(
+        min_length=1, description="[start, stop], ascending"
+    )
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "RunsSubset":
+        places = [place for run in self.runs for place in run]
+        if any(start >= stop for start, stop in self.runs) or places != sorted(places):
+            raise ValueError("runs are [start, stop] with start < stop, each after the one before")
+        return self
+
+
 def _subset_kind(data: Any) -> str:
     keys = data if isinstance(data, Mapping) else getattr(type(data), "model_fields", ())
-    return "drawn" if "random" in keys else "by_class" if "per_class" in keys else "range"
+    kinds = {"random": "drawn", "per_class": "by_class", "runs": "pieces"}
+    return next((kind for key, kind in kinds.items() if key in keys), "range")
 
 
 Subset = Annotated[
     Annotated[RangeSubset, Tag("range")]
+    | Annotated[RunsSubset, Tag("pieces")]
     | Annotated[PerClassSubset, Tag("by_class")]
     | Annotated[RandomSubset, Tag("drawn")],
     Discriminator(_subset_kind),
@@ -108,17 +125,17 @@ class NpzImages(Images):
     path: str
 
 
-class ArchiveImages(Images):
+class ArchiveImages(Images, Download):
     """A .tar, .tar.gz, .tgz or .zip downloaded to `directory`, verified, unpacked to `directory`/<archive
     stem>, and read like a folder, from `folder` inside."""
 
     source: Literal["archive"]
-    url: str
     directory: str = "${data_root}"
     folder: str = "."
-    size: PositiveInt | None = Field(None, description="bytes")
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
-    md5: str | None = Field(None, pattern="^[0-9a-f]{32}$")
+    shrink: PositiveInt | None = Field(
+        None,
+        description="side of the square images, an array, that those of the subset become; see ImageSet.shrunk",
+    )
 
 
 ImageSource = Annotated[

@@ -24,6 +24,7 @@ class NetworkRecipe(Model):
     image_sets: ClassVar[tuple[str, ...]] = ()  # with which it is trained beside the ID images
     softmax: ClassVar[str] = "flat"  # over all classes, or "group"
     scored_by: ClassVar[str] = "msp"  # the detector that networks are compared by
+    has_notebook: ClassVar[bool] = True  # whether the notebook of its method has something to show of it
     background: ClassVar[bool] = False  # whether the last of K + 1 outputs is of background or outliers
 
     method: str

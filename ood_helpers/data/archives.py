@@ -2,9 +2,14 @@
 
 A file is downloaded under its name plus `.part`, an archive is unpacked into a temporary folder; both get
 their final name only when they are complete.
+
+The environment variable OOD_MIRROR names a server that files are taken from instead: that of
+https://host/path lies at $OOD_MIRROR/host/path. A file that the mirror lists in $OOD_MIRROR/SHA256SUMS (in the
+format of `sha256sum`) must have the checksum given there, in place of the known size and checksums.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -12,17 +17,21 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import requests
 import urllib3
 
+from ood_helpers.config.base import DownloadedFile, resolve_path
 from ood_helpers.errors import InputError, MissingDataError
-from ood_helpers.files import locked
+from ood_helpers.files import locked, sha256_of_file, write_json
 from ood_helpers.progress import track
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
+MIRROR, SUMS = "OOD_MIRROR", "SHA256SUMS"
 TIMEOUT = (20, 60)  # seconds to connect, seconds between two packets
 NO_CONNECTION = (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError)
 # What a damaged archive, or a full disk, shows up as.
@@ -59,46 +68,101 @@ def verify(
 def fetch(
     url: str, path: Path, *, size: int | None = None, sha256: str | None = None, md5: str | None = None
 ) -> None:
-    """Have the file at `url` as `path`, verified by size and checksums where they are given.
+    """Have the file at `url`, or on the mirror, as `path`, verified by size and checksums where they are given.
 
     A file that is there already is verified and left where it is. Otherwise it is downloaded to
     `path` + ".part"; a download that broke off resumes where it stopped (HTTP range), or starts again if
     the server cannot do that.
+
+    Where no checksum is given, the first file is trusted: its size and SHA-256 are recorded in `path` + ".json", and
+    every later one must have them.
 
     Raises
     ------
     MissingDataError : no connection, an HTTP error, or a connection that broke (the .part stays)
     InputError : wrong size or checksum (a downloaded file is removed, one found under `path` stays)
     """
-    if path.exists():
-        problem = verify(path, size=size, sha256=sha256, md5=md5)
-        if problem:
-            raise InputError(
-                f"{path} is not the file that {url} should give: {problem}; remove it to have it downloaded."
-            )
-        return
+    known: dict[str, Any] = {"size": size, "sha256": sha256, "md5": md5}
+    record, remedy = None, "check the URL"
+    if listed := listed_by_mirror(url):
+        known, remedy = {"sha256": listed}, f"check the mirror and its {SUMS}"
+    elif sha256 is None and md5 is None:
+        record = path.with_name(path.name + ".json")
+        if record.exists():
+            first = json.loads(record.read_text(encoding="utf-8"))
+            known = {"size": first["size"], "sha256": first["sha256"]}
+            remedy += f", or remove {record}, the record of the first download, to trust another file"
+    with locked(path):
+        if path.exists():
+            if problem := verify(path, **known):
+                raise InputError(
+                    f"{path} is not the file that {url} should give: {problem}; remove it to have it downloaded, or {remedy}."
+                )
+        else:
+            _fetch(mirrored(url), path, known, remedy)
+        if record is not None and not record.exists():
+            found = {"url": mirrored(url), "size": path.stat().st_size, "sha256": sha256_of_file(path)}
+            write_json(record, found)
+
+
+def _fetch(url: str, path: Path, known: dict[str, Any], remedy: str) -> None:
+    """Download to `path` + ".part", verify, rename."""
     part = path.with_name(path.name + ".part")
-    with locked(part):
-        if path.exists():  # another process was quicker
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _download(url, part, size)
-        except NO_CONNECTION as error:
-            reason = _reason(error)
-            if part.exists():
-                reason += f"; {part.stat().st_size:,} bytes are kept, and the next run resumes there"
-            raise MissingDataError(
-                f"{path} is missing and could not be downloaded ({reason}); run again with a network "
-                f'connection, or get it by hand with: curl -L -o "{path}" "{url}"'
-            ) from None
-        problem = verify(part, size=size, sha256=sha256, md5=md5)
-        if problem:
-            part.unlink()
-            raise InputError(
-                f"The download of {url} is not the expected file: {problem}; it was removed, check the URL."
-            )
-        os.replace(part, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _download(url, part, known.get("size"))
+    except NO_CONNECTION as error:
+        reason = _reason(error)
+        if part.exists():
+            reason += f"; {part.stat().st_size:,} bytes are kept, and the next run resumes there"
+        raise MissingDataError(
+            f"{path} is missing and could not be downloaded ({reason}); run again with a network "
+            f'connection, or get it by hand with: curl -L -o "{path}" "{url}"'
+        ) from None
+    if problem := verify(part, **known):
+        part.unlink()
+        raise InputError(
+            f"The download of {url} is not the expected file: {problem}; it was removed, {remedy}."
+        )
+    os.replace(part, path)
+
+
+def provide(file: str | DownloadedFile) -> Path:
+    """The path of a file of the config, which is fetched if it is a download; raises as `fetch`."""
+    if isinstance(file, str):
+        return resolve_path(file)
+    path = resolve_path(file.path)
+    fetch(file.url, path, size=file.size, sha256=file.sha256, md5=file.md5)
+    return path
+
+
+def mirrored(url: str) -> str:
+    """Where a file is taken from: `url`, or its place on the mirror."""
+    mirror, parts = os.environ.get(MIRROR), urlsplit(url)
+    return f"{mirror.rstrip('/')}/{parts.netloc}{parts.path}" if mirror else url
+
+
+def listed_by_mirror(url: str) -> str | None:
+    """The SHA-256 that the mirror lists for a URL; None without a mirror, and where it lists none."""
+    mirror, parts = os.environ.get(MIRROR), urlsplit(url)
+    return _sums(mirror.rstrip("/")).get(parts.netloc + unquote(parts.path)) if mirror else None
+
+
+@cache
+def _sums(mirror: str) -> dict[str, str]:
+    """File -> SHA-256 of a mirror."""
+    try:
+        response = requests.get(f"{mirror}/{SUMS}", timeout=TIMEOUT)
+        if response.status_code == 404:
+            return {}
+        response.raise_for_status()
+    except NO_CONNECTION as error:
+        raise MissingDataError(
+            f"The mirror {mirror} gives no {SUMS} ({_reason(error)}), expected the file or status 404; correct {MIRROR}, or unset "
+            "it to use the public addresses."
+        ) from None
+    lines = [line.split(maxsplit=1) for line in response.text.splitlines()]
+    return {line[1].strip().lstrip("*").removeprefix("./"): line[0] for line in lines if len(line) == 2}
 
 
 def _reason(error: Exception) -> str:

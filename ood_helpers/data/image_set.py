@@ -16,7 +16,7 @@ import PIL
 from PIL import Image
 
 from ood_helpers.errors import InputError, MissingDataError
-from ood_helpers.files import write_json
+from ood_helpers.files import atomic_path, sha256_of_json, write_json
 from ood_helpers.progress import track
 
 FINGERPRINT_VERSION = 1  # raise it when the same content gives another fingerprint
@@ -44,6 +44,14 @@ def read_image(path: str | Path) -> Image.Image:
     except Exception as error:  # Pillow raises nearly everything: OSError, SyntaxError, struct.error
         reason = " ".join(str(error).replace(repr(str(path)), "").split()).rstrip(" :")
     raise _unreadable(path, reason)
+
+
+def _shrink(image: Image.Image, side: int) -> np.ndarray:
+    """Bilinear to a short side of `side`, the long one rounded, and the middle of it, rounded up and to the left."""
+    size = [max(side, round(length * side / min(image.size))) for length in image.size]
+    left, top = ((length - side) // 2 for length in size)
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
 @dataclass(eq=False)
@@ -150,6 +158,22 @@ class ImageSet:
             )
         kept = self.take(np.setdiff1d(np.arange(len(self)), unreadable))
         return replace(kept, skipped=[*self.skipped, *(self.files[i] for i in unreadable)])
+
+    def shrunk(self, side: int) -> "ImageSet":
+        """The images as an array of squares: bilinear to a short side of `side`, and of that the middle.
+
+        The array is kept in `cache_dir`, which must be there, for as long as the files stay as they are.
+        """
+        key = sha256_of_json(["shrunk", side, self.fingerprint, PIL.__version__])
+        path = Path(self.cache_dir) / f"{key}.npy"
+        if not path.exists():
+            Image.init()  # registers the file formats once, not in every thread
+            pictures = self._map_files(lambda file: _shrink(read_image(file), side), f"Shrinking {self.name}")
+            with atomic_path(path) as temporary:
+                np.save(temporary, np.stack(list(pictures)))
+        source = f"{self.source}; shrunk to {side} x {side}"
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return replace(self, source=source, array=array, root=None, files=None, origin=key)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from ood_helpers.config import images as config
 from ood_helpers.config.base import PROJECT_ROOT, resolve_path
 from ood_helpers.data import embedded
-from ood_helpers.data.archives import archive_name, fetch, unpack
+from ood_helpers.data.archives import archive_name, fetch, listed_by_mirror, unpack
 from ood_helpers.data.image_set import ImageSet
 from ood_helpers.data.imagenet import devkit_to_sorted
 from ood_helpers.errors import InputError, MissingDataError, nearest
@@ -56,8 +56,10 @@ def open_image_set(
     if images.subset is not None:
         image_set = _apply_subset(image_set, images.subset)
     if skip_unreadable:
-        return image_set.without_unreadable()
-    if isinstance(images, config.ListImages | config.TorchvisionImages):
+        image_set = image_set.without_unreadable()
+    if getattr(images, "shrink", None) is not None:
+        return image_set.shrunk(images.shrink)
+    if not skip_unreadable and isinstance(images, config.ListImages | config.TorchvisionImages):
         _require_files(image_set)
     return image_set
 
@@ -78,6 +80,10 @@ def _apply_subset(image_set: ImageSet, subset: config.Subset) -> ImageSet:
             check(max(stop, after + 1))
             taken = np.arange(after, stop)
             rule = f"the first {stop:,}" if not after else f"number {after + 1:,} to {stop:,}"
+        case config.RunsSubset():
+            check(subset.runs[-1][1])
+            taken = np.concatenate([np.arange(*run) for run in subset.runs])
+            rule = f"{len(taken):,} in {len(subset.runs)} runs"
         case config.RandomSubset():
             check(subset.random)
             rule = f"{subset.random:,} drawn with seed {subset.seed}"
@@ -85,7 +91,8 @@ def _apply_subset(image_set: ImageSet, subset: config.Subset) -> ImageSet:
         case config.PerClassSubset():
             rule = f"the first {subset.per_class:,} of each class"
             taken = _first_of_each_class(image_set, subset.per_class)
-    return replace(image_set.take(taken), source=f"{image_set.source}; {rule} of {total:,}")
+    image_set = replace(image_set.take(taken), source=f"{image_set.source}; {rule} of {total:,}")
+    return replace(image_set, indices=None) if isinstance(subset, config.RunsSubset) else image_set
 
 
 def _first_of_each_class(image_set: ImageSet, count: int) -> np.ndarray:
@@ -360,6 +367,10 @@ def _open_torchvision(images: config.TorchvisionImages, cache_dir: Path) -> Imag
     root, dataset_class = _place(images.root), getattr(datasets, images.dataset)
     _provide_torchvision(images, dataset_class, root)
     is_cifar = images.dataset.startswith("CIFAR")
+    is_svhn = images.dataset == "SVHN"
+    address = dataset_class.split_list[images.split][0] if is_svhn else getattr(dataset_class, "url", "")
+    if listed_by_mirror(address):
+        dataset_class = _without_checksums(dataset_class)
     options: dict[str, Any] = {"train": images.split == "train"} if is_cifar else {"split": images.split}
     if images.dataset == "Places365":
         options["small"] = True
@@ -372,7 +383,7 @@ def _open_torchvision(images: config.TorchvisionImages, cache_dir: Path) -> Imag
         ) from None
     source = f"torchvision {images.dataset}, {images.split} split, in {root}"
     array = None
-    if images.dataset == "SVHN":
+    if is_svhn:
         array, labels, classes = dataset.data.transpose(0, 2, 3, 1), dataset.labels, "0123456789"
     elif is_cifar:
         array, labels, classes = dataset.data, dataset.targets, dataset.classes
@@ -387,6 +398,18 @@ def _open_torchvision(images: config.TorchvisionImages, cache_dir: Path) -> Imag
         return ImageSet("", source, array=array, **content)
     files = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
     return ImageSet("", source, root=root, files=files, **content)
+
+
+def _without_checksums(dataset: Any) -> Any:
+    """torchvision's CIFAR or SVHN, without the MD5 sums of the files inside, where a mirror has other ones."""
+    if hasattr(dataset, "split_list"):
+        own = {"split_list": {split: (*entry[:2], None) for split, entry in dataset.split_list.items()}}
+    else:
+        own = {
+            name: [(file, None) for file, _ in getattr(dataset, name)] for name in ("train_list", "test_list")
+        }
+        own |= {"meta": dataset.meta | {"md5": None}}
+    return type(dataset.__name__, (dataset,), own)
 
 
 def _provide_torchvision(images: config.TorchvisionImages, dataset: Any, root: Path) -> None:

@@ -12,6 +12,7 @@ from ood_helpers.backbones.checkpoints import load_checkpoint
 from ood_helpers.backbones.precision import float32_products
 from ood_helpers.config.backbones import BackboneConfig
 from ood_helpers.config.base import resolve_path
+from ood_helpers.data.archives import provide
 from ood_helpers.data.transforms import image_batches
 from ood_helpers.errors import InputError
 from ood_helpers.networks.base import Context, Network, once
@@ -40,7 +41,7 @@ class Backbone(Network):
                 sets, options = self._id_sets(), self._training_options()
                 train_classifier(network, *sets, run.transform, self.recipe.training, **options)
         elif self.recipe.checkpoint is not None:
-            load_checkpoint(network, resolve_path(self.recipe.checkpoint))
+            load_checkpoint(network, provide(self.recipe.checkpoint))
         return network
 
     def training_entry(self) -> Entry:

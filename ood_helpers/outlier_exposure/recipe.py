@@ -123,6 +123,8 @@ class _Exposed(NetworkRecipe):
 class OutlierExposureCheckpoint(_Exposed, CheckpointRecipe):
     """A network that was trained with outliers elsewhere."""
 
+    has_notebook: ClassVar[bool] = False  # it compares trainings
+
 
 @RECIPES.register("outlier_exposure")
 class OutlierExposureRecipe(_Exposed, EpochTrainingRecipe):

@@ -41,7 +41,14 @@ def test_every_shipped_config_is_valid_and_named_after_its_file(name):
 
 
 def test_the_experiments_of_the_papers_ship():
-    expected = {"digits", "cifar10_npz", "cifar10_densenet", "cifar100_densenet", "imagenet_bit_mos"}
+    expected = {
+        "digits",
+        "cifar10_npz",
+        "cifar10_sample",
+        "cifar10_densenet",
+        "cifar100_densenet",
+        "imagenet_bit_mos",
+    }
     assert set(config_names()) >= expected
 
 
@@ -136,7 +143,10 @@ def test_settings_apply_in_order_and_one_by_one():
         ("ood.letters.images.split=train", "unknown key 'split'"),
         ("id.test.subset={first: 3, random: 3}", "id.test.subset: unknown key 'first'"),
         ("id.test.subset={first: 3, seed: 3}", "id.test.subset: unknown key 'seed'"),
-        ("id.test.subset={}", "exactly one of first (and after), per_class and random"),
+        ("id.test.subset={}", "exactly one of first (and after), per_class, random and runs"),
+        ("id.test.subset={runs: [[0, 3], [2, 5]]}", "runs are [start, stop] with start < stop, each after the one before"),
+        ("id.test.subset={runs: [[3, 3]]}", "runs are [start, stop] with start < stop"),
+        ("id.test.subset={runs: [[0, 3]], first: 2}", "id.test.subset: unknown key 'first'"),
         ("id.test.subset=3", "id.test.subset: found 3, expected"),
         ("networks.flat.schedule=[1, 2, 3]", "networks.flat.schedule.3: Field required"),
         ("id.train.split.x=3", "goes below id.train.split, which is the plain value"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import tarfile
 import threading
 import zipfile
@@ -10,10 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from PIL import Image
+from small_experiments import one_sentence
 
+from ood_helpers.config.base import DownloadedFile
 from ood_helpers.config.images import ArchiveImages
 from ood_helpers.data import open_image_set
-from ood_helpers.data.archives import fetch, unpack, verify
+from ood_helpers.data.archives import fetch, provide, unpack, verify
 from ood_helpers.errors import InputError, MissingDataError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -276,3 +279,38 @@ def test_verify(tmp_path):
     (tmp_path / "file").write_bytes(CONTENT)
     assert verify(tmp_path / "file", size=len(CONTENT), sha256=SHA256, md5=MD5) is None
     assert "expected 4" in verify(tmp_path / "file", size=4)
+
+
+def test_the_first_download_without_a_checksum_is_trusted_and_recorded(server, tmp_path):
+    url, path, record = f"{server.url}/file.bin", tmp_path / "file.bin", tmp_path / "file.bin.json"
+    fetch(url, path)
+    assert json.loads(record.read_text()) == {"url": url, "size": len(CONTENT), "sha256": SHA256}
+    fetch(url, path)
+    path.write_bytes(CONTENT[::-1])
+    with pytest.raises(
+        InputError, match=r"is not the file .* it has SHA-256 .*; remove it to have it downloaded"
+    ) as error:
+        fetch(url, path)
+    assert f"or remove {record}" in one_sentence(error) and path.exists()
+    path.unlink()
+    server.content = CONTENT[::-1]
+    with pytest.raises(InputError, match=f"expected {SHA256}; it was removed") as error:
+        fetch(url, path)
+    assert f"or remove {record}" in one_sentence(error) and list(tmp_path.iterdir()) == [record]
+    record.unlink()
+    fetch(url, path)
+    assert path.read_bytes() == server.content and record.exists()
+
+
+def test_a_file_that_was_put_there_is_recorded(tmp_path):
+    (tmp_path / "file.bin").write_bytes(CONTENT)
+    fetch("http://nowhere/file.bin", tmp_path / "file.bin")
+    assert json.loads((tmp_path / "file.bin.json").read_text())["sha256"] == SHA256
+
+
+def test_a_file_of_the_config_is_found_or_fetched(server, tmp_path):
+    assert provide(str(tmp_path / "mine.pth")) == tmp_path / "mine.pth"
+    path = tmp_path / "checkpoints" / "net.pth"
+    wanted = DownloadedFile(url=f"{server.url}/net.pth", path=str(path), size=len(CONTENT), sha256=SHA256)
+    assert provide(wanted) == path and path.read_bytes() == CONTENT
+    assert server.ranges == [None] and provide(wanted) == path and server.ranges == [None]

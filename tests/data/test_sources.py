@@ -88,6 +88,16 @@ def test_subset_after_leaves_out_the_first(tmp_path, cache, subset, taken):
     assert np.array_equal(image_set.array, pictures()[taken])
 
 
+def test_runs_make_up_a_set_of_their_own(tmp_path, cache):
+    """It has the fingerprint of a file with these images alone."""
+    labels = np.arange(6)
+    image_set = npz(tmp_path, cache, {"runs": [[0, 2], [3, 4], [5, 6]]}, images=pictures(), labels=labels)
+    assert image_set.labels.tolist() == [0, 1, 3, 5] and image_set.indices.tolist() == [0, 1, 2, 3]
+    assert image_set.source.endswith("; 4 in 3 runs of 6")
+    alone = npz(tmp_path, cache, images=pictures()[[0, 1, 3, 5]], labels=labels[[0, 1, 3, 5]])
+    assert image_set.fingerprint == alone.fingerprint
+
+
 def test_subset_per_class_is_in_file_order(tmp_path, cache):
     labels = np.array([7, 2, 2, 7, 2, 7])
     images = npz(tmp_path, cache, {"per_class": 2}, images=pictures(), labels=labels)
@@ -108,7 +118,13 @@ def test_subset_random(tmp_path, cache):
 
 def test_subset_errors(tmp_path, cache):
     arrays = {"images": pictures(), "labels": np.array([0, 0, 0, 1, 1, 2])}
-    for subset in ({"first": 7}, {"random": 7}, {"after": 6}, {"after": 3, "first": 4}):
+    for subset in (
+        {"first": 7},
+        {"random": 7},
+        {"after": 6},
+        {"after": 3, "first": 4},
+        {"runs": [[0, 2], [3, 7]]},
+    ):
         with pytest.raises(InputError, match="subset of 7 images was asked of set, which has 6"):
             npz(tmp_path, cache, subset, **arrays)
     with pytest.raises(InputError, match="whose class 2 has 1"):
