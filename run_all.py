@@ -240,6 +240,12 @@ def retrain(arguments: argparse.Namespace, parameters: dict) -> int:
         raise InputError(
             f"Found no `weights` in {config.name}, expected the folder of what is shipped; nothing to retrain."
         )
+    loaded = [name for name, recipe in config.networks.items() if not recipe.trained_here]
+    if config.backbone.training is None or loaded:
+        raise InputError(
+            f"Found weights that {config.name} takes from checkpoints ({', '.join(loaded) or 'the backbone'}), expected a config "
+            "that trains all of its networks; retrain digits, or train these where they come from."
+        )
     trained, outcomes = run_notebooks(arguments, {**parameters, "overrides": ["weights=null"]})
     if outcomes is None:
         return 0

@@ -40,14 +40,14 @@ def mirror(tmp_path, monkeypatch):
 
 def test_its_rows_are_those_of_the_shipped_networks(tmp_path):
     run = Experiment.open("cifar10_sample", run_dir=str(tmp_path), figures_dir=str(tmp_path), device="cpu")
-    labels = [row.label.replace(", half of the steps)", ")") for row in run.rows().values()]
-    labels = [label.removesuffix(" (half of the steps)") for label in labels]
+    labels = [row.label.replace(", 65 % of the steps)", ")") for row in run.rows().values()]
+    labels = [label.removesuffix(" (65 % of the steps)") for label in labels]
     exposed = [
         f"{score} + {name}" for name in ("OE", "energy margins") for score in ("MSP", "Energy", "ODIN")
     ]
     assert labels == [label for label in LABELS if "UMAP" not in label] + exposed
     assert all(
-        ("half of the steps" in row.label) == (row.network.name == "dfb") for row in run.rows().values()
+        ("65 % of the steps" in row.label) == (row.network.name == "dfb") for row in run.rows().values()
     )
     assert run.training_methods() == {
         "classifier",
