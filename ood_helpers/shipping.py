@@ -70,6 +70,8 @@ def write_card(run: Experiment, folder: Path, command: str, machine: str, commit
     lines = []
     for name in ["", *_trained(run)]:
         network, file = run.network(name), folder / f"{name or 'backbone'}.safetensors"
+        if not file.exists():  # a default that no row of the config uses
+            continue
         parameters = sum(parameter.numel() for parameter in network.model().parameters())
         facts = f"{parameters:,} | {network.check_accuracy():.2f} % | {sha256_of_file(file)[:16]}"
         lines.append(
@@ -87,9 +89,10 @@ them where config, data and seed are the same, whatever the machine; with other 
 |---|---|---|---|---|
 {table}
 
-`*_history.csv` are the learning curves. `other_*` are networks that notebooks compare and the config does not name. `tables/`
-has the results of ablations and of saved epochs, whose networks are not shipped. `{SEEDS}` has the results of {_count(folder)}
-seeds, with all networks trained anew for each. `index.json` says what belongs to which settings, with SHA-256.
+`*_history.csv` are the learning curves. `other_*` are networks that notebooks compare and the config does not name.
+`tables/` has the results of ablations and of saved epochs, whose networks are not shipped.
+`{SEEDS}` has the results of {_count(folder)} seeds, with all networks trained anew for each.
+`index.json` says what belongs to which settings, with SHA-256.
 
 Machine: {machine}. Commit: {commit}.
 """,

@@ -69,19 +69,20 @@ def _compared(run: Experiment, only: tuple[str, ...]) -> Iterator[Compared]:
     ]
     for path in sorted(paths):
         tolerance = TOLERANCES[path.stem.rpartition("_")[2]]
-        committed, own = _read(path), run.figures_directory / path.name
-        found = _read(own) if own.exists() else committed.iloc[:0]
-        both = committed.stack().to_frame("committed").join(found.stack().rename("found"), how="outer")
+        committed, own = _cells(path), run.figures_directory / path.name
+        found = _cells(own) if own.exists() else committed.iloc[:0]
+        both = pd.DataFrame({"committed": committed, "found": found})
         difference = (both.committed - both.found).abs()
         beyond = difference.isna() | (difference > tolerance * (1 + 1e-9))
         largest = difference.max() if difference.notna().any() else 0.0
         where = ", ".join(map(str, difference.idxmax())) if largest else ""
-        held = run.config.weights is not None or not trained.intersection(committed.index)
-        yield Compared(path.stem, len(committed.stack()), int(beyond.sum()), largest, where, tolerance, held)
+        held = run.config.weights is not None or not trained.intersection(committed.index.get_level_values(0))
+        yield Compared(path.stem, len(committed), int(beyond.sum()), largest, where, tolerance, held)
 
 
-def _read(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, index_col=0)
+def _cells(path: Path) -> pd.Series:
+    """The numbers of a table, by row and column."""
+    return pd.read_csv(path, index_col=0).stack().dropna()
 
 
 def update_figures(run: Experiment, outputs: list[str]) -> Path:

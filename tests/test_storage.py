@@ -256,7 +256,7 @@ import sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 from pathlib import Path
 from small_experiments import small
-run = small(Path(sys.argv[1]), 'detectors={"msp": {}, "energy": {}}', "networks={}", "tuning=null", "outliers=null")
+run = small(Path(sys.argv[1]), 'detectors={"msp": {}, "energy": {}}', "networks={}", "tuning=null", "outliers=null", "weights=null")
 print(run.results()[["method", "ood_set", "threshold95", "auroc"]].to_json())
 """
 
