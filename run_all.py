@@ -42,7 +42,10 @@ def parse_arguments() -> argparse.Namespace:
     settings = {"action": "extend", "default": [], "metavar": "KEY=VALUE"}
     parser.add_argument("--set", nargs="+", **settings, help="change settings, e.g. himplos.percentile=50")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run per seed")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time")
+    at_once = min(2, os.cpu_count() or 1)  # drawing leaves a core idle
+    parser.add_argument(
+        "--jobs", type=int, default=at_once, metavar="N", help=f"notebooks at a time (default: {at_once})"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--force", action="store_true", help="run notebooks that are up to date, too")
     parser.add_argument(
