@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from ood_helpers.config import config_names, load_config, resolve_path
+from ood_helpers.config.rows import check_rows
 from ood_helpers.errors import InputError
 from ood_helpers.plan import Task, plan
 
@@ -157,8 +158,8 @@ def main() -> int:
         "skip_missing": arguments.skip_missing,
         "skip_unreadable": arguments.skip_unreadable,
     }
-    # A wrong config or notebook is refused before PyTorch is imported.
-    load_config(parameters["experiment"], parameters["data_root"] or None, arguments.set)
+    # A wrong config, row or notebook is refused before PyTorch is imported.
+    check_rows(load_config(parameters["experiment"], parameters["data_root"] or None, arguments.set))
     plan(arguments.seeds, arguments.only)
     if arguments.retrain:
         return retrain(arguments, parameters)

@@ -15,7 +15,8 @@ from torch import Tensor
 from ood_helpers import metrics
 from ood_helpers.banks import Bank, DeviceBank
 from ood_helpers.config.experiment import ExperimentConfig
-from ood_helpers.detectors.base import OF_ROWS, Detector, create, variants
+from ood_helpers.config.rows import OF_ROWS
+from ood_helpers.detectors.base import Detector, create, variants
 from ood_helpers.errors import InputError
 from ood_helpers.files import sha256_of_json
 from ood_helpers.image_sets import ImageSets

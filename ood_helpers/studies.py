@@ -101,7 +101,9 @@ def compare_networks(
 
     entry = _comparison_entry(run, networks, {label: row.detector for label, row in rows.items()})
     computed = cache(compute)
-    table = entry.table("results", lambda: computed()[0], texts=["method", "tuned_on"]).fillna({"tuned_on": ""})
+    table = entry.table("results", lambda: computed()[0], texts=["method", "tuned_on"]).fillna(
+        {"tuned_on": ""}
+    )
     return table, entry.table("means", lambda: computed()[1], texts=["method"])
 
 

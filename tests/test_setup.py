@@ -115,6 +115,20 @@ def test_committed_figures_are_those_of_the_committed_manifest(experiment):
         assert sha256(committed(path)).hexdigest() == outputs[name], f"{path} is not what the last run made"
 
 
+def test_committed_figures_are_small():
+    files = [
+        path for path in (PROJECT_ROOT / "figures").rglob("*") if path.is_file() and path.suffix != ".svg"
+    ]
+    assert sum(path.stat().st_size for path in files) <= 8e6
+    assert {path.name: path.stat().st_size for path in files if path.stat().st_size > 150e3} == {}
+
+
+def test_the_environment_installs_the_filter_of_notebooks():
+    attributes = (PROJECT_ROOT / ".gitattributes").read_text()
+    assert "*.ipynb filter=nbstripout" in attributes
+    assert "nbstripout --install --attributes .gitattributes" in (PROJECT_ROOT / "Makefile").read_text()
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", (PROJECT_ROOT / "README.md").read_text()))
 def test_the_readmes_links_lead_somewhere(link):
     assert (PROJECT_ROOT / link).exists()

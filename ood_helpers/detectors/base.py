@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ood_helpers.backbones.precision import float32_products
 from ood_helpers.banks import Bank, FeatureBank, Head, ImageShard
+from ood_helpers.config.rows import OF_ROWS
 from ood_helpers.errors import InputError, nearest
 from ood_helpers.kernels.launch import runs_on_triton
 from ood_helpers.metrics import threshold_at_tpr
 from ood_helpers.progress import track
 from ood_helpers.registry import Registry
 from ood_helpers.statistics import class_means
-
-OF_ROWS = ("detector", "network", "label")  # keys of a row that are not hyper-parameters
 
 
 def _check_class(name: str, cls: "type[Detector]") -> None:

@@ -151,7 +151,14 @@ def test_wrong_arguments_are_sentences_without_a_traceback(command, arguments, s
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--config", "cifar"], ["--set", "backbone.epochs=3"], ["--only", "12_lien"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--config", "cifar"],
+        ["--set", "backbone.epochs=3"],
+        ["--only", "12_lien"],
+        ["--set", "knn.kk=3"],
+    ],
 )
 def test_help_and_a_wrong_name_are_answered_without_pytorch(arguments):
     code = "import runpy, sys\ntry: runpy.run_path('run_all.py', run_name='__main__')\nfinally: assert 'torch' not in sys.modules"
