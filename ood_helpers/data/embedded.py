@@ -44,9 +44,16 @@ def _block_counts(bitmaps: np.ndarray) -> np.ndarray:
 
 
 def _darkest(fields: np.ndarray, ink: np.ndarray) -> np.ndarray:
-    """Bitmaps [N, 32, 32] that set the fraction ink[i] of the pixels, those with the smallest values."""
-    ranks = fields.reshape(len(fields), -1).argsort(axis=1).argsort(axis=1).reshape(fields.shape)
-    return ranks < (ink * SIDE * SIDE)[:, None, None]
+    """Bitmaps [N, 32, 32] that set the fraction ink[i] of the pixels, those with the smallest values.
+
+    The same on every processor: values that differ in the last digits are equal, and equal ones are taken in a fixed order
+    (which a sort that is not stable, or another vector unit, would change).
+    """
+    order = np.random.default_rng(0).permutation(SIDE * SIDE)
+    values = np.round(fields.reshape(len(fields), -1)[:, order], 9)
+    ranks = np.empty(values.shape, np.intp)
+    ranks[:, order] = values.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    return ranks.reshape(fields.shape) < (ink * SIDE * SIDE)[:, None, None]
 
 
 @cache

@@ -1,5 +1,9 @@
 """The embedded digits and the OOD sets made for them."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -116,3 +120,17 @@ def test_digits_as_image_set(cache):
     assert digits.image(0).mode == "RGB" and digits.image(0).size == (8, 8)
     digits.labels[:] = 0
     assert embedded.digits("test")[1].max() == 9, "changing one set leaves the next alone"
+
+
+def test_the_images_do_not_depend_on_the_vector_unit():
+    """Sorts that are not stable and the last digits of sines differ between processors."""
+    code = (
+        "from ood_helpers.data.embedded import GENERATORS\nfrom hashlib import sha256\n"
+        "for make in GENERATORS.values(): print(sha256(make(60, 0).tobytes()).hexdigest())"
+    )
+    found = set()
+    for disabled in ("", "X86_V4 AVX512_ICL AVX512_SPR", "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"):
+        environment = os.environ | {"NPY_DISABLE_CPU_FEATURES": disabled}
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        found.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(found) == 1
