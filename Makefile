@@ -35,7 +35,7 @@ $(STAMP): requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	@! git rev-parse --git-dir >/dev/null 2>&1 || { $(BIN)/nbstripout --install --attributes .gitattributes && git config filter.nbstripout.required false; }
+	@! git rev-parse --git-dir >/dev/null 2>&1 || { $(BIN)/nbstripout --install --attributes .gitattributes && git config filter.nbstripout.required false && git config filter.nbstripout.extrakeys metadata.language_info; }
 	@touch $@
 
 clean:

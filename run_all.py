@@ -9,10 +9,10 @@ python run_all.py --verify                                       # compare with 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ood_helpers.config import config_names, load_config, resolve_path
+from ood_helpers.config import PROJECT_ROOT, config_names, load_config, resolve_path
 from ood_helpers.config.rows import check_rows
 from ood_helpers.errors import InputError
 from ood_helpers.plan import Task, plan
@@ -86,6 +86,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(
             "--verify and --update-figures: expected the experiment as it is, with seed 0 and without --set"
         )
+    if arguments.update_figures and (arguments.only or arguments.skip_missing or arguments.skip_unreadable):
+        parser.error(
+            "--update-figures: expected a whole run, without --only, --skip-missing and --skip-unreadable"
+        )
     if arguments.retrain and (arguments.set or arguments.only or arguments.seeds != [0]):
         parser.error("--retrain: expected neither --set nor --only nor --seeds; it trains all of the config")
     return arguments
@@ -108,7 +112,7 @@ def show_list(experiment: Experiment) -> None:
 class Display:
     """Live bars of the running notebooks in a terminal, plain lines elsewhere, and the time that is left by earlier runs."""
 
-    def __init__(self, expected: dict[str, float]) -> None:
+    def __init__(self, expected: dict[str, float], jobs: int) -> None:
         columns = (
             TextColumn("{task.description:24}"),
             BarColumn(bar_width=20),
@@ -118,7 +122,7 @@ class Display:
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.bars: dict[str, int] = {}
         self.told: dict[str, float] = {}
-        self.expected = expected
+        self.expected, self.jobs = expected, jobs
 
     def report(self, task: Task, now: str, share: float) -> None:
         if task.name not in self.bars:
@@ -136,7 +140,7 @@ class Display:
         seconds = f" ({outcome.seconds:.0f} s)" if outcome.status in ("done", "failed") else ""
         left = f", {len(self.expected)} notebooks left" if self.expected and outcome.status == "done" else ""
         if left and all(self.expected.values()):  # as long as they took before
-            left += f", about {_duration(sum(self.expected.values()))}"
+            left += f", about {_duration(sum(self.expected.values()) / self.jobs)}"
         detail = f": {outcome.error}" if outcome.error else ""
         console.print(Text.assemble((f"{task.name:24}{outcome.status}{seconds}", colour), detail, left))
 
@@ -213,7 +217,7 @@ def run_notebooks(
             current = not arguments.force and earlier[task.name].status == "up to date"
             console.print(f"{task.name:24}{'up to date' if current else 'would run'}")
         return experiment, None
-    display = Display({name: outcome.seconds for name, outcome in earlier.items()})
+    display = Display({name: outcome.seconds for name, outcome in earlier.items()}, arguments.jobs)
     with display.progress:
         outcomes = runner.run(arguments.jobs, arguments.force, display.report, display.finish)
     failed = [name for name, outcome in outcomes.items() if outcome.status in ("failed", "skipped")]
@@ -237,7 +241,7 @@ def run_notebooks(
 def retrain(arguments: argparse.Namespace, parameters: dict) -> int:
     """Train anew what is shipped, compare, and replace it if asked to."""
     from ood_helpers.report import git_commit, machine
-    from ood_helpers.shipping import ship, write_card, write_seeds
+    from ood_helpers.shipping import remove_shipped, results_of_seeds, ship, write_card, write_seeds
 
     config = load_config(parameters["experiment"], parameters["data_root"] or None)
     if config.weights is None:
@@ -250,34 +254,45 @@ def retrain(arguments: argparse.Namespace, parameters: dict) -> int:
             f"Found weights that {config.name} takes from checkpoints ({', '.join(loaded) or 'the backbone'}), expected a config "
             "that trains all of its networks; retrain digits, or train these where they come from."
         )
-    trained, outcomes = run_notebooks(arguments, {**parameters, "overrides": ["weights=null"]})
-    if outcomes is None:
-        return 0
-    if any(outcome.status in ("failed", "skipped") for outcome in outcomes.values()):
+    folder, name = resolve_path(config.weights), Path(config.weights).name
+    if name != config.name:
+        raise InputError(
+            f"Found weights {config.weights} for {config.name}, expected the folder of its own name; give the config its own."
+        )
+    # In folders of their own: nothing that was trained before, nothing of other experiments.
+    root = Path(parameters["run_dir"] or PROJECT_ROOT / "runs") / "retrain"
+    shutil.rmtree(root, ignore_errors=True)
+
+    def run(where: str, *overrides: str) -> tuple[Experiment, bool]:
+        folders = {"run_dir": str(root / where), "figures_dir": "", "overrides": list(overrides)}
+        experiment, outcomes = run_notebooks(arguments, parameters | folders)
+        ended = outcomes is not None and all(outcome.status == "done" for outcome in outcomes.values())
+        return experiment, ended
+
+    trained, ended = run("trained", "weights=null")
+    if not ended:
         return 1
-    show_verified(trained)
+    show_verified(trained, every_row=True)
     if not arguments.update_weights:
         return 0
-    folder, run_dir = resolve_path(config.weights), Path(tempfile.mkdtemp(prefix="shipping-"))
-    shutil.rmtree(folder, ignore_errors=True)
+    seeds, commit = results_of_seeds(map(trained.with_seed, range(5))), git_commit()
+    remove_shipped(folder)
     ship(trained, folder, every_training=False)
-    write_seeds(map(trained.with_seed, range(5)), folder)
-    new, number = ["all"], 0
-    while new:  # until a run trains nothing any more
-        number += 1
-        folders = {"run_dir": str(run_dir / f"{number}"), "figures_dir": ""}
-        shipped, outcomes = run_notebooks(arguments, parameters | folders)
-        if any(outcome.status in ("failed", "skipped") for outcome in outcomes.values()):
+    write_seeds(seeds, folder)
+    for number in itertools.count(1):  # until a run trains nothing any more
+        shipped, ended = run(f"shipped_{number}")
+        if not ended:
             return 1
-        new = ship(shipped, folder, every_training=True)
-    on = ", ".join(map(str, machine().values()))
+        if not ship(shipped, folder, every_training=True):
+            break
     write_card(
         shipped,
         folder,
         f"python run_all.py --config {config.name} --retrain --update-weights",
-        on,
-        git_commit(),
+        machine(),
+        commit,
     )
+    shutil.rmtree(root)
     console.print(f"Replaced   {folder}")
     return 0
 
@@ -287,7 +302,10 @@ def show_headline(experiment: Experiment) -> None:
     from ood_helpers.results import headline, read_results
 
     path = experiment.directory / "results.csv"
-    changed = {change.partition(".")[0] for change in experiment.changes} & experiment.rows().keys()
+    parts = [change.partition("=")[0].removeprefix("detectors.").split(".") for change in experiment.changes]
+    networks = {part[1] for part in parts if part[0] == "networks" and len(part) > 1}
+    changed = {part[0] for part in parts} & experiment.rows().keys()
+    changed |= {name for name, row in experiment.rows().items() if row.network.name in networks}
     if changed:
         table = experiment.results(sorted(changed))
         plain = experiment.run_dir / experiment.config.name / "results.csv"
@@ -301,17 +319,18 @@ def show_headline(experiment: Experiment) -> None:
         console.print(f"Results    {path}")
 
 
-def show_verified(experiment: Experiment, only: tuple[str, ...] = ()) -> int:
-    """One line for each committed table; 1 if a table that must agree does not."""
+def show_verified(experiment: Experiment, only: tuple[str, ...] = (), every_row: bool = False) -> int:
+    """One line for each committed table; 1 if a cell that must agree does not."""
     from ood_helpers.verification import verify
 
-    compared = verify(experiment, only)
+    compared = verify(experiment, only, every_row)
     for table in compared:
-        console.print(Text(str(table), style="red" if table.held and table.out else ""))
-    out = sum(table.out for table in compared if table.held)
-    cells = sum(table.cells for table in compared)
+        console.print(Text(str(table), style="red" if table.out else ""))
+    out, cells = sum(table.out for table in compared), sum(table.cells for table in compared)
     if not compared:
-        console.print(f"Nothing is committed in figures/ for {experiment.config.name}: nothing to verify.")
+        console.print(
+            f"figures/{experiment.config.name} has no table of {', '.join(only) or 'it'}: nothing to verify."
+        )
     elif out:
         console.print(f"[red]{out} of {cells} cells differ from the committed tables.[/red]")
     else:

@@ -128,6 +128,8 @@ def with_seeds(means: pd.DataFrame, by_seed: pd.DataFrame) -> pd.DataFrame:
     means = means.copy()
     for place, line in means.iterrows():
         own = by_seed[(by_seed.method == line.method) & by_seed.ood_set.isin(line.ood_sets.split("; "))]
+        if set(own.ood_set) != set(line.ood_sets.split("; ")):
+            own = own.iloc[:0]
         for metric in METRICS:
             of_seed = own.groupby("seed")[metric].mean()
             means.loc[place, [f"{metric}_seeds", f"{metric}_seeds_std"]] = of_seed.mean(), of_seed.std()
@@ -136,7 +138,10 @@ def with_seeds(means: pd.DataFrame, by_seed: pd.DataFrame) -> pd.DataFrame:
 
 def seeds_against_images(means: pd.DataFrame, metric: str = "fpr95") -> str:
     """Which is larger, the spread over seeds or over images: a sentence on the rows of a table `with_seeds`."""
-    rows = means[means[f"{metric}_seeds_std"].notna()].drop_duplicates("method", keep="last")
+    rows = means[means[f"{metric}_seeds_std"].notna()]
+    rows = rows[
+        rows.ood_sets.map(len) == rows.ood_sets.map(len).groupby(rows.method).transform("max")
+    ]  # over all sets
     images = (rows[f"{metric}_hi"] - rows[f"{metric}_lo"]) / (2 * 1.96)
     ratio = rows[f"{metric}_seeds_std"] / images
     return (

@@ -71,6 +71,10 @@ class Runner:
         settings = {key: value for key, value in parameters.items() if key not in ("run_dir", "figures_dir")}
         files = [provide(file) for file in checkpoints(experiment.config)]
         files += [path for recipe in experiment.config.networks.values() for path in recipe.other_files]
+        if shipped := experiment.context.store.shipped:
+            files += [
+                path for name in ("index.json", "seeds.csv") if (path := shipped.folder / name).exists()
+            ]
         config = experiment.config.model_dump(mode="json")
         self._common = [package_fingerprint(), images, [*map(sha256_of_file, files)], settings, config]
 

@@ -2,14 +2,15 @@
 took further trainings, a card that says how they were made, and the results over seeds."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from ood_helpers.experiment import Experiment
-from ood_helpers.files import sha256_of_file, write_json, write_text
-from ood_helpers.storage import inputs_of
+from ood_helpers.files import sha256_of_file, sha256_of_json, write_json, write_text
+from ood_helpers.storage import PYTHON, inputs_of
 from ood_helpers.training.loop import finished
 
 SEEDS = "seeds.csv"
@@ -25,8 +26,9 @@ def ship(run: Experiment, folder: Path, *, every_training: bool) -> list[str]:
     run : has run its notebooks
     every_training : also those of networks that the config does not name; False = these alone, and all tables
     """
-    path = folder / "index.json"
-    records = json.loads(path.read_text())["entries"] if path.exists() else {}
+    path, records = folder / "index.json", {}
+    if path.exists():
+        records = json.loads(path.read_text())["entries"]
     names = {run.network(name).training_entry().inputs: name or "backbone" for name in ["", *_trained(run)]}
     new = []
     for kind, key, directory in _entries(run.run_dir):
@@ -42,7 +44,7 @@ def ship(run: Experiment, folder: Path, *, every_training: bool) -> list[str]:
             ):
                 files[name] = _copied(directory / name, folder, target)
             files["record.json"] = {"text": (directory / "record.json").read_text()}
-        elif kind == "estimates":
+        elif kind == "estimates" and (directory / "loss_constraint.json").exists():
             title = "loss_constraint"
             files["loss_constraint.json"] = {"text": (directory / "loss_constraint.json").read_text()}
         elif kind in TABLES:
@@ -51,21 +53,36 @@ def ship(run: Experiment, folder: Path, *, every_training: bool) -> list[str]:
             files = {name: _copied(directory / name, folder, f"tables/{title}_{name}") for name in present}
         if files:
             records[inputs] = {"kind": kind, "title": title, "files": files}
+            if kind in TABLES:
+                records[inputs]["code"] = sha256_of_json(key["code"])
             new.append(title)
-    write_json(
-        path, {"entries": dict(sorted(records.items(), key=lambda item: (item[1]["kind"], item[1]["title"])))}
-    )
+    ordered = sorted(records.items(), key=lambda item: (item[1]["kind"], item[1]["title"]))
+    write_json(path, {"python": PYTHON, "entries": dict(ordered)})
     return new
 
 
-def write_seeds(runs: Iterator[Experiment], folder: Path) -> pd.DataFrame:
-    """The results of several seeds, of which each has networks of its own, as the folder's seeds.csv."""
-    table = pd.concat([run.results([*run.rows()])[BY_SEED] for run in runs], ignore_index=True)
+def remove_shipped(folder: Path) -> None:
+    """Remove what an index lists, and the index; other files in the folder stay."""
+    records = (
+        json.loads((folder / "index.json").read_text())["entries"] if (folder / "index.json").exists() else {}
+    )
+    for record in records.values():
+        for file in record["files"].values():
+            (folder / file.get("file", "index.json")).unlink(missing_ok=True)
+    (folder / "index.json").unlink(missing_ok=True)
+
+
+def results_of_seeds(runs: Iterator[Experiment]) -> pd.DataFrame:
+    """The results of all rows of several seeds, each with networks of its own."""
+    return pd.concat([run.results([*run.rows()])[BY_SEED] for run in runs], ignore_index=True)
+
+
+def write_seeds(table: pd.DataFrame, folder: Path) -> None:
+    """Write `results_of_seeds` as the folder's seeds.csv."""
     write_text(folder / SEEDS, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    return table
 
 
-def write_card(run: Experiment, folder: Path, command: str, machine: str, commit: str) -> None:
+def write_card(run: Experiment, folder: Path, command: str, machine: Mapping[str, Any], commit: str) -> None:
     """README.md of the folder: what each network is, its accuracy, its size and its hash."""
     lines = []
     for name in ["", *_trained(run)]:
@@ -94,15 +111,18 @@ them where config, data and seed are the same, whatever the machine; with other 
 `{SEEDS}` has the results of {_count(folder)} seeds, with all networks trained anew for each.
 `index.json` says what belongs to which settings, with SHA-256.
 
-Machine: {machine}. Commit: {commit}.
+Machine: {", ".join(f"{name} {value}" for name, value in machine.items())}. Commit: {commit}.
 """,
     )
 
 
 def seed_results(run: Experiment) -> pd.DataFrame | None:
-    """The shipped results over seeds, see `write_seeds`; None where none are."""
-    folder = run.context.store.shipped and run.context.store.shipped.folder
-    return pd.read_csv(folder / SEEDS) if folder and (folder / SEEDS).exists() else None
+    """The shipped results over seeds, see `write_seeds`; None where there are none, or of another experiment."""
+    shipped = run.context.store.shipped
+    if shipped is None or run.changes or shipped.folder.name != run.config.name:
+        return None
+    path = shipped.folder / SEEDS
+    return pd.read_csv(path) if path.exists() else None
 
 
 def _count(folder: Path) -> int:

@@ -25,7 +25,7 @@ from functools import cache
 from io import StringIO
 from pathlib import Path
 from types import FunctionType, MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -38,12 +38,8 @@ from ood_helpers.files import atomic_path, locked, sha256_of_file, sha256_of_jso
 PACKAGE = "ood_helpers"
 ROOT = Path(__file__).resolve().parent
 BEGUN = time.time_ns()
-OF_MACHINE = (
-    "code",
-    "device",
-    "features",
-    "training",
-)  # parts of a key, the last two the keys of other entries
+OF_MACHINE = ("code", "device", "features", "training")  # of a key; the last two are keys of other entries
+PYTHON = "{}.{}".format(*sys.version_info)
 DIGITS = 20  # hexadecimal digits of a key in a folder's name
 # What these do cannot change a number: settings are in the key themselves.
 WITHOUT_NUMBERS = ("config", "errors", "files", "progress", "registry", "storage")
@@ -71,6 +67,7 @@ class Store:
         inputs = inputs_of(key)
         shipped = self.shipped.records.get(inputs) if self.shipped else None
         if shipped:  # not what is computed here under the same key
+            self.shipped.check_code(shipped, key["code"])
             key |= {"shipped": shipped}
         entry = Entry(self.root / kind, key, inputs)
         if shipped:
@@ -162,10 +159,13 @@ class Shipped:
     InputError : no readable index
     """
 
+    _told: ClassVar[set[Path]] = set()
+
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         try:
-            self.records = json.loads((self.folder / "index.json").read_text())["entries"]
+            index = json.loads((self.folder / "index.json").read_text())
+            self.records, self.python = index["entries"], index["python"]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"Found no readable {self.folder / 'index.json'} ({type(error).__name__}), expected the list of what is "
@@ -176,6 +176,17 @@ class Shipped:
     def of(cls, folder: str | None) -> "Shipped | None":
         """Those of a folder below the project, as configs name it; None for none."""
         return None if folder is None else cls(ROOT.parent / folder)
+
+    def check_code(self, record: Mapping[str, Any], code: Mapping[str, str]) -> None:
+        """Say so, once, where a shipped table was made by other code; syntax trees differ between versions of Python."""
+        other = record.get("code", "") not in ("", sha256_of_json(dict(code))) and self.python == PYTHON
+        if other and self.folder not in Shipped._told:
+            Shipped._told.add(self.folder)
+            print(
+                f"Tables in {self.folder} were made by other code than this: run_all.py --retrain --update-weights makes "
+                "them again.",
+                file=sys.stderr,
+            )
 
     def copy(self, record: Mapping[str, Any], directory: Path) -> None:
         """Copy the files of a record into an entry's folder where they are not there or have changed.

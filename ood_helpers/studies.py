@@ -152,10 +152,13 @@ def _comparison_entry(
     return run.context.store.entry(
         "comparisons",
         code=[
-            "ood_helpers.rows",
-            "ood_helpers.results",
-            *{type(detector) for detector in detectors.values()},
+            *("ood_helpers.rows", "ood_helpers.results"),
+            *(type(detector) for detector in detectors.values()),
+            *(code for network in networks.values() for code in network.code),
         ],
+        experiment=[run.config.name, run.seed],
+        precision=run.config.features.precision,
+        order=[list(networks), [ood.name for ood in run.config.ood]],  # of lines, and of bootstrap draws
         networks={
             label: trained[label].inputs if label in trained else weights_fingerprint(network.model())
             for label, network in networks.items()

@@ -1,14 +1,16 @@
 """Comparing the tables of a run with the committed ones, cell by cell."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ood_helpers.config.base import PROJECT_ROOT
 from ood_helpers.experiment import Experiment
+from ood_helpers.networks.base import Network
+from ood_helpers.results import tuned_label
 
 COMMITTED = PROJECT_ROOT / "figures"
 TOLERANCES = {
@@ -21,63 +23,68 @@ TOLERANCES = {
 class Compared:
     """A committed table beside that of a run.
 
-    cells : numbers in the committed table
-    out : those that are further apart than the tolerance, or in one of the two tables only
+    cells : numbers in the committed table that must agree; those of networks trained on this machine need not
+    free : the others
+    out : cells that are further apart than the tolerance, or in one of the two tables only
     largest : difference in points, over the cells that both have
     where : row and column of the largest difference
-    held : whether the run's tables must agree; not with networks that were trained on another machine
+    made : whether the run has the table
     """
 
     table: str
     cells: int
+    free: int
     out: int
     largest: float
     where: str
     tolerance: float
-    held: bool
+    made: bool
 
     def __str__(self) -> str:
-        text = f"{self.table:34}{self.cells:5} cells, largest difference {self.largest:.4f} points"
-        if self.largest:
-            text += f" ({self.where})"
-        if not self.held:
-            return text + ": networks trained on this machine, not held"
-        return text + (
-            f": {self.out} beyond {self.tolerance}" if self.out else f": all within {self.tolerance}"
-        )
+        if not self.made:
+            return f"{self.table:34}{self.cells:5} cells, not made by this run"
+        where = f" ({self.where})" if self.largest else ""
+        text = f"{self.table:34}{self.cells:5} cells, largest difference {self.largest:.4f} points{where}: "
+        text += f"{self.out} beyond {self.tolerance}" if self.out else f"all within {self.tolerance}"
+        return text + (f"; {self.free} of networks trained on this machine, not held" if self.free else "")
 
 
-def verify(run: Experiment, only: tuple[str, ...] = ()) -> list[Compared]:
+def verify(run: Experiment, only: tuple[str, ...] = (), every_row: bool = False) -> list[Compared]:
     """Compare every committed table of an experiment with that of a run.
 
     Parameters
     ----------
     only : notebooks whose tables are compared; none = all, and a table that the run has not made counts as out
+    every_row : also those of networks trained on this machine
     """
-    return list(_compared(run, only))
-
-
-def _compared(run: Experiment, only: tuple[str, ...]) -> Iterator[Compared]:
-    trained = {
-        row.label for row in run.rows().values() if row.network.trained_here and not row.network.shipped()
-    }
-    paths = [
-        path
-        for metric in TOLERANCES
-        for path in sorted((COMMITTED / run.config.name).glob(f"*_{metric}.csv"))
-        if not only or path.name.startswith(only)
+    networks = [run.backbone, *map(run.network, run.config.networks)]
+    everything = every_row or all(_repeatable(network) for network in networks)
+    of_row = {row.label: every_row or _repeatable(row.network) for row in run.rows().values()}
+    of_row |= {tuned_label(label): repeatable for label, repeatable in of_row.items()}
+    folder = COMMITTED / run.config.name
+    paths = sorted(path for metric in TOLERANCES for path in folder.glob(f"*_{metric}.csv"))
+    return [
+        _compared(run, path, of_row, everything) for path in paths if not only or path.name.startswith(only)
     ]
-    for path in sorted(paths):
-        tolerance = TOLERANCES[path.stem.rpartition("_")[2]]
-        committed, own = _cells(path), run.figures_directory / path.name
-        found = _cells(own) if own.exists() else committed.iloc[:0]
-        both = pd.DataFrame({"committed": committed, "found": found})
-        difference = (both.committed - both.found).abs()
-        beyond = difference.isna() | (difference > tolerance * (1 + 1e-9))
-        largest = difference.max() if difference.notna().any() else 0.0
-        where = ", ".join(map(str, difference.idxmax())) if largest else ""
-        held = run.config.weights is not None or not trained.intersection(committed.index.get_level_values(0))
-        yield Compared(path.stem, len(committed), int(beyond.sum()), largest, where, tolerance, held)
+
+
+def _compared(run: Experiment, path: Path, of_row: dict[str, bool], everything: bool) -> Compared:
+    tolerance = TOLERANCES[path.stem.rpartition("_")[2]]
+    committed, own = _cells(path), run.figures_directory / path.name
+    found = _cells(own) if own.exists() else committed.iloc[:0]
+    both = pd.DataFrame({"committed": committed, "found": found})
+    held = np.array([of_row.get(name, everything) for name in both.index.get_level_values(0)], dtype=bool)
+    difference = (both.committed - both.found).abs()[held]
+    beyond = difference.isna() | (difference > tolerance * (1 + 1e-9))
+    largest = difference.max() if difference.notna().any() else 0.0
+    where = ", ".join(map(str, difference.idxmax())) if largest else ""
+    counts = len(difference), int((~held).sum()), int(beyond.sum())
+    return Compared(path.stem, *counts, largest, where, tolerance, own.exists())
+
+
+def _repeatable(network: Network) -> bool:
+    """Whether its weights are the same on every machine."""
+    return not network.trained_here or network.shipped()
 
 
 def _cells(path: Path) -> pd.Series:
@@ -95,9 +102,9 @@ def update_figures(run: Experiment, outputs: list[str]) -> Path:
     target = COMMITTED / run.config.name
     kept = [name for name in outputs if not name.endswith(".svg") and "_cost." not in name]
     target.mkdir(parents=True, exist_ok=True)
-    for path in target.iterdir():
-        if path.is_file():
-            path.unlink()
     for name in [*kept, "manifest.json"]:
         shutil.copyfile(run.figures_directory / name, target / name)
+    for path in target.iterdir():  # what is no longer made
+        if path.suffix in (".png", ".csv", ".md", ".tex") and path.name not in kept:
+            path.unlink()
     return target

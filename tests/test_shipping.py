@@ -15,7 +15,7 @@ from ood_helpers.errors import InputError
 from ood_helpers.experiment import Experiment
 from ood_helpers.files import sha256_of_file
 from ood_helpers.results import seeds_against_images, with_seeds
-from ood_helpers.shipping import seed_results, ship, write_card, write_seeds
+from ood_helpers.shipping import results_of_seeds, seed_results, ship, write_card, write_seeds
 from ood_helpers.storage import Shipped, Store
 from ood_helpers.training import loop
 
@@ -34,7 +34,7 @@ def shipped(tmp_path_factory):
     shorter = run.config.networks["um"].changed({"epochs": 1})
     studies.compare_networks(run, {"one epoch": shorter}, create("energy"))
     ship(run, folder / "weights", every_training=False)
-    write_seeds([run], folder / "weights")
+    write_seeds(results_of_seeds([run]), folder / "weights")
     return run, folder / "weights"
 
 
@@ -129,12 +129,12 @@ def test_inputs_are_the_key_without_machine_and_code(tmp_path):
 
 def test_the_card_names_each_network(shipped):
     run, weights = shipped
-    write_card(run, weights, "a command", "a machine", "a commit")
+    write_card(run, weights, "a command", {"threads": 2}, "a commit")
     card = (weights / "README.md").read_text()
     for name in ("backbone", "um"):
         line = next(line for line in card.splitlines() if line.startswith(f"| `{name}.safetensors`"))
         assert sha256_of_file(weights / f"{name}.safetensors")[:16] in line
-    assert "a command" in card and "a machine" in card and "1 seeds" in card
+    assert "a command" in card and "threads 2" in card and "1 seeds" in card
 
 
 def test_seeds_stand_beside_the_intervals():

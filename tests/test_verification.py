@@ -6,6 +6,7 @@ from small_experiments import small
 
 from ood_helpers import verification
 from ood_helpers.config.loader import listed
+from ood_helpers.errors import InputError
 from ood_helpers.experiment import Experiment
 from ood_helpers.verification import update_figures, verify
 
@@ -39,7 +40,7 @@ def test_a_cell_is_out_beyond_the_tolerance(run, tmp_path, metric, moved, out):
     own.loc["KNN", "letters"] += moved
     both(run, tmp_path, TABLE, own, f"30_results_{metric}.csv")
     (compared,) = verify(run)
-    assert (compared.cells, compared.out, compared.held) == (3, out, True)
+    assert (compared.cells, compared.free, compared.out) == (3, 0, out)
     assert compared.largest == pytest.approx(moved) and compared.where == "KNN, letters"
     assert ("1 beyond" in str(compared)) == bool(out)
 
@@ -50,7 +51,8 @@ def test_a_row_or_a_table_that_is_missing_is_out(run, tmp_path):
     both(run, tmp_path, TABLE.drop(index="KNN"), TABLE)
     assert [table.out for table in verify(run)] == [1]
     (run.figures_directory / "30_results_fpr95.csv").unlink()
-    assert [table.out for table in verify(run)] == [2]
+    (compared,) = verify(run)
+    assert compared.out == 2 and "not made by this run" in str(compared)
 
 
 def test_only_some_notebooks_are_compared(run, tmp_path):
@@ -63,10 +65,24 @@ def test_only_some_notebooks_are_compared(run, tmp_path):
 def test_networks_trained_here_are_not_held(tmp_path, monkeypatch):
     monkeypatch.setattr(verification, "COMMITTED", tmp_path / "committed")
     run = small(tmp_path, "weights=null")
-    own = TABLE + 5
-    both(run, tmp_path, TABLE, own)
+    both(run, tmp_path, TABLE, TABLE + 5)
+    both(run, tmp_path, TABLE, TABLE + 5, "13_mos_grouping_fpr95.csv")
+    for compared in verify(run):
+        assert (compared.cells, compared.free, compared.out) == (0, 3, 0) and "3 of networks trained" in str(
+            compared
+        )
+    assert [compared.out for compared in verify(run, every_row=True)] == [3, 3]
+
+
+def test_rows_of_shipped_networks_are_held_beside_those_trained_here(tmp_path, monkeypatch):
+    """The backbone is shipped, the network of MOS has other settings."""
+    monkeypatch.setattr(verification, "COMMITTED", tmp_path / "committed")
+    settings = ["networks.group.schedule=[1, 2, 3, 4, 5]"]
+    run = Experiment.open("digits", run_dir=str(tmp_path), device="cpu", overrides=settings)
+    table = TABLE.rename(index={"KNN": "MOS"})
+    both(run, tmp_path, table, table + 5)
     (compared,) = verify(run)
-    assert not compared.held and compared.out == 3 and "not held" in str(compared)
+    assert (compared.cells, compared.free, compared.out) == (2, 1, 2)  # MSP has two cells, MOS has one
 
 
 def test_updated_figures_are_those_of_the_run(run, tmp_path):
@@ -103,6 +119,11 @@ def test_changed_settings_have_folders_and_captions_of_their_own(tmp_path):
         plain.directory == tmp_path / "digits" and plain.figures_directory == tmp_path / "figures" / "digits"
     )
     assert changed.directory == tmp_path / "digits+line.delta=0.8+knn.k=3"
+    one, other = (
+        Experiment.open("digits", **folders, overrides=[f"line.delta={text}"])
+        for text in ("1.0", "'1.0'"[1:-1] + " ")
+    )
+    assert one.directory != other.directory  # what a folder's name cannot hold is in a hash
     assert changed.figures_directory == tmp_path / "figures" / "digits+line.delta=0.8+knn.k=3"
     assert changed.with_seed(1).directory == changed.directory
     assert "changed: line.delta=0.8, knn.k=3" in changed.caption and "changed" not in plain.caption
@@ -124,3 +145,9 @@ def test_changed_settings_have_folders_and_captions_of_their_own(tmp_path):
 )
 def test_overrides_are_a_list_or_a_text(given, expected):
     assert listed(given) == expected
+
+
+@pytest.mark.parametrize("given", ['["line.delta=0.8"', "[1]", ["line.delta=0.8", 3]])
+def test_overrides_that_are_no_texts_are_refused(given):
+    with pytest.raises(InputError, match=r"Found overrides .* expected KEY=VALUE"):
+        listed(given)

@@ -63,17 +63,32 @@ def load_config(
 
 
 def listed(overrides: str | Iterable[str]) -> tuple[str, ...]:
-    """Overrides one by one: of a list, of a text that is a list in YAML (`papermill -p` hands lists over so), or of one text."""
+    """Overrides one by one: of a list, of a text that is a list in YAML (`papermill -p` hands lists over so), or of one text.
+
+    Raises
+    ------
+    InputError : something else than texts
+    """
+    given = overrides
     if isinstance(overrides, str):
         text = overrides.strip()
-        overrides = yaml.safe_load(text) if text.startswith("[") else [text] if text else []
-    return tuple(overrides)
+        try:
+            overrides = yaml.safe_load(text) if text.startswith("[") else [text] if text else []
+        except yaml.YAMLError:
+            overrides = [None]
+    overrides = tuple(overrides)
+    if not all(isinstance(override, str) for override in overrides):
+        raise InputError(
+            f"Found overrides {given!r}, expected KEY=VALUE or a list of these; correct the quotes."
+        )
+    return overrides
 
 
 def changes_as_name(changes: tuple[str, ...]) -> str:
     """Overrides as part of a folder's name."""
-    name = "+".join(re.sub(r"[^\w.=-]+", "_", change) for change in changes)
-    return name if len(name) <= LONGEST else f"{name[:LONGEST]}_{sha256_of_json(changes)[:8]}"
+    name = "+".join(changes)
+    readable = re.sub(r"[^\w.=+-]+", "_", name)[:LONGEST]
+    return name if readable == name else f"{readable}_{sha256_of_json(changes)[:8]}"
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> dict:

@@ -83,14 +83,21 @@ def fetch(
     InputError : wrong size or checksum (a downloaded file is removed, one found under `path` stays)
     """
     known: dict[str, Any] = {"size": size, "sha256": sha256, "md5": md5}
+    if (sha256 or md5) and path.exists() and not verify(path, **known):
+        return  # without asking a mirror
     record, remedy = None, "check the URL"
     if listed := listed_by_mirror(url):
         known, remedy = {"sha256": listed}, f"check the mirror and its {SUMS}"
     elif sha256 is None and md5 is None:
         record = path.with_name(path.name + ".json")
         if record.exists():
-            first = json.loads(record.read_text(encoding="utf-8"))
-            known = {"size": first["size"], "sha256": first["sha256"]}
+            try:
+                first = json.loads(record.read_text(encoding="utf-8"))
+                known = {"size": first["size"], "sha256": first["sha256"]}
+            except (ValueError, KeyError):
+                raise InputError(
+                    f"{record} is damaged, expected size and SHA-256 of the first download; remove it to trust {path} as it is."
+                ) from None
             remedy += f", or remove {record}, the record of the first download, to trust another file"
     with locked(path):
         if path.exists():

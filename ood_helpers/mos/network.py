@@ -99,6 +99,7 @@ class ClassifierNetwork(FineTunedNetwork):
             self.backbone.model(),
             recipe=recipe.settings(),
             features={name: self.backbone.key(name) for name in names} if recipe.images is None else {},
+            precision=self.context.config.features.precision if recipe.images is None else "",
             groups=None if self.groups() is None else self.groups().members,
         )
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any
@@ -163,11 +163,21 @@ class Network:
         return pd.read_csv(self.training_entry().directory / "history.csv")
 
     def epochs(self) -> dict[int, Path]:
-        """Epoch (0 = before the training) -> weights, of those its training has saved; none without a training."""
+        """Epoch (0 = before the training) -> weights, of those its training has saved; none without a training. What is shipped
+        has none: the network is trained here for them."""
         if not self.trained_here:
             return {}
-        self.model()
-        return saved_epochs(self.training_entry().directory)
+        own = self._trained_again() if self.shipped() else self
+        own.model()
+        return saved_epochs(own.training_entry().directory)
+
+    @once
+    def _trained_again(self) -> "Network":
+        """The network by a training of its own, where one was shipped."""
+        own = copy.copy(self)
+        own.context = replace(self.context, store=Store(self.context.store.root))
+        own.kept = {}
+        return own
 
     def at_epoch(self, epoch: int) -> Classifier:
         """`classifier` as it was after one of the `epochs` of its training, in eval mode.
