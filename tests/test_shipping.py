@@ -1,6 +1,7 @@
 """Trainings that come with the kit: taken for the same settings alone, checked, and enough for the default experiment."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,7 @@ from ood_helpers.errors import InputError
 from ood_helpers.experiment import Experiment
 from ood_helpers.files import sha256_of_file
 from ood_helpers.results import seeds_against_images, with_seeds
-from ood_helpers.shipping import results_of_seeds, seed_results, ship, write_card, write_seeds
+from ood_helpers.shipping import remove_shipped, results_of_seeds, seed_results, ship, write_card, write_seeds
 from ood_helpers.storage import Shipped, Store
 from ood_helpers.training import loop
 
@@ -113,6 +114,53 @@ def test_a_damaged_copy_is_replaced(shipped, tmp_path, untrained):
     (entry.directory / "weights.safetensors").write_bytes(b"0" * 100)
     again = another(tmp_path, shipped[1])
     assert weights_fingerprint(again.backbone.model()) == weights_fingerprint(other.backbone.model())
+
+
+def test_saved_epochs_of_a_shipped_network_come_from_a_training_of_its_own(shipped, tmp_path):
+    run, weights = shipped
+    other = another(tmp_path, weights)
+    network = other.network("um")
+    along = studies.along_training(other, network, images=10)  # not the images of the shipped table
+    assert along.epoch.unique().tolist() == [0, 1, 2]
+    assert network.shipped() and list(network.epochs()) == [0, 1, 2]
+    assert weights_fingerprint(network.at_epoch(2)) == weights_fingerprint(run.network("um").model())
+
+
+def test_comparisons_come_in_the_order_that_was_asked_for(shipped, tmp_path):
+    other = another(tmp_path, shipped[1])
+    um = other.config.networks["um"]
+    recipes = {"1": um.changed({"epochs": 1}), "2": um}
+    forth, _ = studies.compare_networks(other, recipes, create("energy"))
+    back, _ = studies.compare_networks(other, dict(reversed(recipes.items())), create("energy"))
+    assert forth.method.unique().tolist() == ["1", "2"] and back.method.unique().tolist() == ["2", "1"]
+    for name in ("1", "2"):
+        columns = ["ood_set", "fpr95", "auroc"]
+        one, two = (table[table.method == name][columns].reset_index(drop=True) for table in (forth, back))
+        pd.testing.assert_frame_equal(one, two)
+
+
+def test_tables_of_other_code_are_announced(shipped, tmp_path, capsys, monkeypatch):
+    _, weights = shipped
+    index = json.loads((weights / "index.json").read_text())
+    record = next(record for record in index["entries"].values() if record["kind"] == "comparisons")
+    monkeypatch.setattr(Shipped, "_told", set())
+    Shipped(weights).check_code(record | {"code": "another"}, {})
+    Shipped(weights).check_code(record | {"code": "another"}, {})
+    assert capsys.readouterr().err.count("were made by other code") == 1
+
+
+def test_removing_what_is_shipped_leaves_other_files(shipped, tmp_path):
+    copy = tmp_path / "weights"
+    shutil.copytree(shipped[1], copy)
+    (copy / "mine.txt").write_text("mine")
+    remove_shipped(copy)
+    left = {path.name for path in copy.rglob("*") if path.is_file()}
+    assert left <= {"mine.txt", "seeds.csv", "README.md"} and "mine.txt" in left
+
+
+def test_seeds_are_those_of_the_experiment_alone(shipped, tmp_path):
+    assert (shipped[1] / "seeds.csv").exists() and seed_results(another(tmp_path, shipped[1])) is None
+    assert seed_results(Experiment.open("digits", overrides=["knn.k=3"])) is None
 
 
 def test_no_index_is_an_error(tmp_path):
