@@ -43,16 +43,22 @@ def run(tmp_path_factory):
 
 
 TASKS = [Task(name, PROJECT_ROOT / "notebooks" / f"{name}.ipynb", 0, (), (), False) for name in ("12_line", "30_results", "13_mos")]  # fmt: skip
-OUTCOMES = {
-    "12_line": Outcome("done", 2.5, outputs=["digits/12_line_masks.png", "digits/12_line_gone.png"]),
-    "30_results": Outcome("up to date", outputs=["digits/30_results_cost.png", "../runs/digits/results.csv"]),
-    "13_mos": Outcome("not run"),
-}
+
+
+def outcomes_of(run):
+    own = run.name
+    return {
+        "12_line": Outcome("done", 2.5, outputs=[f"{own}/12_line_masks.png", f"{own}/12_line_gone.png"]),
+        "30_results": Outcome(
+            "up to date", outputs=[f"{own}/30_results_cost.png", f"../runs/{own}/results.csv"]
+        ),
+        "13_mos": Outcome("not run"),
+    }
 
 
 def manifest_of(run):
     parameters = {"experiment": "digits", "run_dir": str(run.run_dir), "data_root": "", "overrides": SMALL}
-    return write_manifest(run, parameters, [0], OUTCOMES)
+    return write_manifest(run, parameters, [0], outcomes_of(run))
 
 
 def test_the_manifest_names_what_the_results_rest_on(run):
@@ -82,7 +88,7 @@ def test_the_manifest_beside_the_figures_is_the_same_wherever_and_whenever_it_wa
 
 
 def test_the_report_shows_results_figures_and_settings(run):
-    page = write_report(run, manifest_of(run), TASKS, OUTCOMES).read_text()
+    page = write_report(run, manifest_of(run), TASKS, outcomes_of(run)).read_text()
     for text in ("MSP &amp; friends", "MSP (flat)", "FPR95", "AUROC", "growth_rate: 12", "torch"):
         assert text in page
     assert "MSP & friends" not in page and "&amp;amp;" not in page
@@ -95,5 +101,5 @@ def test_the_report_shows_results_figures_and_settings(run):
 def test_only_what_is_there_is_recorded(tmp_path):
     fresh = small_run(tmp_path)
     assert record(fresh).keys() == {"image_sets", "missing"}
-    report = write_report(fresh, manifest_of(fresh), TASKS, OUTCOMES)
+    report = write_report(fresh, manifest_of(fresh), TASKS, outcomes_of(fresh))
     assert "No results table: the notebook 30_results has not run." in report.read_text()

@@ -1,11 +1,13 @@
 """The runner: order, failures, what is up to date; on small notebooks that the test writes."""
 
 import json
+import shutil
 
 import nbformat
 import pytest
 
 from ood_helpers import plan as plan_module
+from ood_helpers.config import PROJECT_ROOT
 from ood_helpers.errors import InputError
 from ood_helpers.experiment import Experiment
 from ood_helpers.plan import NOTEBOOKS, notebook_names, plan
@@ -97,14 +99,26 @@ def test_a_second_run_does_only_what_changed(notebooks, tmp_path):
     write(notebooks, "02_second", "3", needs=["01_first"])
     assert statuses(tmp_path) == ["up to date", "done"]
     assert statuses(tmp_path, force=True, only=["02_second"]) == ["done"]
-    changed = ["line.delta=0.5"]
-    assert earlier(tmp_path, overrides=changed) == ["out of date", "out of date"]
-    assert statuses(tmp_path, overrides=changed, only=["01_first"]) == ["done"]
-    assert earlier(tmp_path, overrides=changed) == ["up to date", "out of date"]
-    (tmp_path / "runs" / "digits" / "notebooks" / "01_first.ipynb").unlink()
-    assert earlier(tmp_path, overrides=changed) == ["not run", "out of date"]
-    (tmp_path / "runs" / "digits" / "notebooks" / "02_second.json").write_text('{"finger')
+    changed = ["line.delta=0.5"]  # a run of its own
     assert earlier(tmp_path, overrides=changed) == ["not run", "not run"]
+    assert statuses(tmp_path, overrides=changed, only=["01_first"]) == ["done"]
+    assert earlier(tmp_path, overrides=changed) == ["up to date", "not run"]
+    assert earlier(tmp_path) == ["up to date", "up to date"]
+    write(notebooks, "02_second", "4", needs=["01_first"])
+    assert earlier(tmp_path) == ["up to date", "out of date"]
+    (tmp_path / "runs" / "digits" / "notebooks" / "01_first.ipynb").unlink()
+    assert earlier(tmp_path) == ["not run", "out of date"]
+    (tmp_path / "runs" / "digits" / "notebooks" / "02_second.json").write_text('{"finger')
+    assert earlier(tmp_path) == ["not run", "not run"]
+
+
+def test_other_shipped_weights_make_everything_out_of_date(notebooks, tmp_path):
+    shutil.copytree(PROJECT_ROOT / "weights" / "digits", tmp_path / "weights")
+    write(notebooks, "01_first", "1")
+    overrides = [f"weights={tmp_path / 'weights'}"]
+    assert statuses(tmp_path, overrides=overrides) == ["done"]
+    (tmp_path / "weights" / "seeds.csv").write_text("other seeds")
+    assert earlier(tmp_path, overrides=overrides) == ["out of date"]
 
 
 def test_a_missing_figure_is_drawn_again(notebooks, tmp_path):
