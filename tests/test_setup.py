@@ -101,10 +101,10 @@ def committed(path) -> bytes:
 
 
 def test_the_readme_shows_the_committed_results():
-    assert committed("figures/cifar10_npz/30_results_fpr95.md").strip() in committed("README.md")
+    assert committed("figures/cifar10_sample/30_results_fpr95.md").strip() in committed("README.md")
 
 
-@pytest.mark.parametrize("experiment", ["digits", "cifar10_npz"])
+@pytest.mark.parametrize("experiment", ["digits", "cifar10_npz", "cifar10_sample"])
 def test_committed_figures_are_those_of_the_committed_manifest(experiment):
     outputs = json.loads(committed(f"figures/{experiment}/manifest.json"))["outputs"]
     command = ["git", "ls-tree", "--name-only", "HEAD", f"figures/{experiment}/"]
