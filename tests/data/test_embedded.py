@@ -126,7 +126,7 @@ def test_the_images_do_not_depend_on_the_vector_unit():
     """Sorts that are not stable and the last digits of sines differ between processors."""
     code = (
         "from ood_helpers.data.embedded import GENERATORS\nfrom hashlib import sha256\n"
-        "for make in GENERATORS.values(): print(sha256(make(60, 0).tobytes()).hexdigest())"
+        "for name in ('textures', 'noise'): print(sha256(GENERATORS[name](40, 0).tobytes()).hexdigest())"
     )
     found = set()
     for disabled in ("", "X86_V4 AVX512_ICL AVX512_SPR", "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"):

@@ -66,8 +66,9 @@ def run_cells(name, parameters):
             shell.run_cell(cell.source, silent=True).raise_error()
         if "parameters" in cell.metadata.get("tags", ()):
             shell.user_ns.update(parameters)
-    folder = folder_of(Path(parameters["figures_dir"]), parameters["experiment"])
-    return {path.name for path in folder.glob(f"{name}*")}
+    return {
+        path.name for path in Path(parameters["figures_dir"]).glob(f"{parameters['experiment']}*/{name}*")
+    }
 
 
 def folder_of(parent, experiment):

@@ -24,13 +24,7 @@ ROWS = {
     "dfb_odin": "ODIN + DFB", "msp_um": "MSP + UM", "energy_um": "Energy + UM", "energy_umap": "Energy + UMAP",
 }  # fmt: skip
 
-RUN = [
-    "00_start_here",
-    "02_backbone",
-    "03_precompute",
-    "11_himplos",
-    "30_results",
-]  # by run_all.py, the others here
+RUN = ["02_backbone", "03_precompute", "30_results"]  # by run_all.py, the others here
 LEFT = {  # figures and tables of the others
     "13_mos": "groups.png others.png grouping.png grouping_fpr95.md depth.png number_of_groups.png",
     "14_dfb": "masks.png overlays.png parts.png hosts_auroc.tex background_weight.png foreground_share.png training.png "
