@@ -173,14 +173,9 @@ def main() -> int:
     if any(outcome.status in ("failed", "skipped") for outcome in outcomes.values()):
         return 1
     if arguments.update_figures:
-        outputs = [output for outcome in outcomes.values() for output in outcome.outputs]
-        own = f"{experiment.name}/"
         from ood_helpers.verification import update_figures
 
-        folder = update_figures(
-            experiment, [name.removeprefix(own) for name in outputs if name.startswith(own)]
-        )
-        console.print(f"Updated    {folder}")
+        console.print(f"Updated    {update_figures(experiment)}")
     return show_verified(experiment, tuple(arguments.only or ())) if arguments.verify else 0
 
 

@@ -1,5 +1,6 @@
 """Comparing the tables of a run with the committed ones, cell by cell."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,15 +93,12 @@ def _cells(path: Path) -> pd.Series:
     return pd.read_csv(path, index_col=0).stack().dropna()
 
 
-def update_figures(run: Experiment, outputs: list[str]) -> Path:
-    """Put the figures and tables that a run has written in place of the committed ones; the folder.
-
-    Parameters
-    ----------
-    outputs : paths below the run's figures, as the manifest names them; those in seconds are left out
-    """
+def update_figures(run: Experiment) -> Path:
+    """Put the figures and tables that the manifest of a run lists, which leaves out those in seconds, in place of the
+    committed ones; the folder."""
     target = COMMITTED / run.config.name
-    kept = [name for name in outputs if not name.endswith(".svg") and "_cost." not in name]
+    outputs = json.loads((run.figures_directory / "manifest.json").read_text())["outputs"]
+    kept = [name for name in outputs if not name.endswith(".svg")]
     target.mkdir(parents=True, exist_ok=True)
     for name in [*kept, "manifest.json"]:
         shutil.copyfile(run.figures_directory / name, target / name)

@@ -128,7 +128,7 @@ print("finished")
 
 
 def test_killed_at_any_point_and_started_again_ends_in_the_same_table(finished, tmp_path):
-    """So the same seed also gives the same table from nothing."""
+    """The same seed gives the same table, also in a new folder."""
     folder, _ = finished
     generator, kills = random.Random(7), 0
     command = [sys.executable, "-c", SCRIPT, str(PROJECT_ROOT / "tests"), str(tmp_path)]

@@ -8,6 +8,7 @@ from ood_helpers import verification
 from ood_helpers.config.loader import listed
 from ood_helpers.errors import InputError
 from ood_helpers.experiment import Experiment
+from ood_helpers.files import write_json
 from ood_helpers.verification import update_figures, verify
 
 TABLE = pd.DataFrame(
@@ -88,23 +89,24 @@ def test_rows_of_shipped_networks_are_held_beside_those_trained_here(tmp_path, m
 def test_updated_figures_are_those_of_the_run(run, tmp_path):
     folder = run.figures_directory
     folder.mkdir(parents=True)
-    names = [
-        "30_results.png",
-        "30_results.svg",
-        "30_results_cost.png",
-        "30_results_fpr95.csv",
-        "manifest.json",
-    ]
-    for name in names:
+    names = ["30_results.png", "30_results.svg", "30_results_fpr95.csv"]
+    for name in (*names, "30_results_cost.png"):  # which no lasting manifest lists
         (folder / name).write_text(name)
-    old = tmp_path / "committed" / "digits" / "12_gone.png"
-    old.parent.mkdir(parents=True)
-    old.write_text("old")
-    target = update_figures(run, names[:-1])
+    old = tmp_path / "committed" / "digits"
+    old.mkdir(parents=True)
+    for name in ("12_gone.png", "notes.txt"):
+        (old / name).write_text("old")
+    write_json(folder / "manifest.json", {"outputs": dict.fromkeys([*names, "missing.png"], "")})
+    with pytest.raises(FileNotFoundError):
+        update_figures(run)
+    assert (old / "12_gone.png").exists()
+    write_json(folder / "manifest.json", {"outputs": dict.fromkeys(names, "")})
+    target = update_figures(run)
     assert sorted(path.name for path in target.iterdir()) == [
         "30_results.png",
         "30_results_fpr95.csv",
         "manifest.json",
+        "notes.txt",
     ]
 
 
@@ -127,6 +129,12 @@ def test_changed_settings_have_folders_and_captions_of_their_own(tmp_path):
     assert changed.figures_directory == tmp_path / "figures" / "digits+line.delta=0.8+knn.k=3"
     assert changed.with_seed(1).directory == changed.directory
     assert "changed: line.delta=0.8, knn.k=3" in changed.caption and "changed" not in plain.caption
+    groups = [
+        f"networks.group.groups={value}"
+        for value in ("{strategy: random, number: 2}", "{strategy: random,number: 2}")
+    ]
+    one, other = (Experiment.open("digits", **folders, overrides=[group]) for group in groups)
+    assert one.directory != other.directory  # what a folder's name cannot hold is in its hash
     many = Experiment.open(
         "digits", **folders, overrides=[f"ood.noise.images.count={n}" for n in range(20, 40)]
     )
